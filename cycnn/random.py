@@ -1,0 +1,41 @@
+"""Random numbers of the library.
+
+They are drawn on the host, whatever device they are for, so that a model starts
+with the same weights on the CPU and on every GPU.
+"""
+
+from __future__ import annotations
+
+_generator = None
+
+
+def manual_seed(seed: int) -> None:
+    """Make everything random that follows depend on ``seed`` alone.
+
+    Parameters
+    ----------
+    seed : int
+        Any integer from 0 to 2**64 - 1.
+    """
+    global _generator
+    import numpy as np
+
+    seed = int(seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
+    _generator = np.random.Generator(np.random.Philox(seed))
+
+
+def generator():
+    """The library's ``numpy.random.Generator``; seeded by the system at first use."""
+    global _generator
+    if _generator is None:
+        import numpy as np
+
+        _generator = np.random.Generator(np.random.Philox())
+    return _generator
+
+
+def draw_seed() -> int:
+    """A seed for something that keeps its own, for instance a loader's order."""
+    return int(generator().integers(0, 2**63))
