@@ -139,7 +139,7 @@ class Tensor:
     @property
     def ptr(self) -> int:
         """Address of the first element, on the tensor's device."""
-        return self._ptr
+        return self._ptr if self._ptr is not None else self._storage.ctypes.data
 
     @property
     def array(self) -> np.ndarray:
@@ -256,9 +256,10 @@ class Tensor:
         """``shape`` elements from element ``offset`` on, sharing this memory."""
         if not self._device.is_cuda:
             count = math.prod(shape)
-            return _of_array(self._storage.reshape(-1)[offset : offset + count].reshape(shape))
+            flat = self._storage.reshape(-1)
+            return _of_array(flat[offset : offset + count].reshape(shape))
         address = self._ptr + offset * self._dtype.itemsize
-        return _on_gpu(shape, self._dtype, self._device, address, self._storage)
+        return _new(shape, self._dtype, self._device, address, self._storage)
 
     # writing
 
@@ -336,11 +337,8 @@ def _new(shape, dtype, device, ptr, storage) -> Tensor:
 
 def _of_array(array: np.ndarray) -> Tensor:
     """A CPU tensor that shares ``array``, which must be C-contiguous already."""
-    return _new(array.shape, array.dtype, CPU, array.ctypes.data, array)
-
-
-def _on_gpu(shape, dtype, device, ptr, storage) -> Tensor:
-    return _new(shape, dtype, device, ptr, storage)
+    # the address is looked up when asked for: ndarray.ctypes costs a microsecond
+    return _new(array.shape, array.dtype, CPU, None, array)
 
 
 def from_array(array: np.ndarray) -> Tensor:

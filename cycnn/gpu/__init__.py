@@ -1,0 +1,39 @@
+"""Everything that touches CUDA: devices, streams, memory, kernels.
+
+Importing this package imports nothing of CUDA. :func:`unavailable_reason` looks for a
+usable GPU once and remembers what it found.
+"""
+
+from __future__ import annotations
+
+_UNKNOWN = object()
+_reason = _UNKNOWN
+
+
+def unavailable_reason() -> str | None:
+    """Why no GPU can be used, in a sentence, or None where one can."""
+    global _reason
+    if _reason is _UNKNOWN:
+        _reason = _probe()
+    return _reason
+
+
+def _probe() -> str | None:
+    try:
+        from . import device
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] == "cuda":
+            return "cuda-bindings is not installed (pip install 'cuda-bindings>=13,<14')"
+        return "this build of cycnn has no GPU modules (it was built without CUDA headers)"
+    except ImportError as error:
+        return f"the GPU modules cannot be loaded: {error}"
+    return device.probe()
+
+
+def shutdown() -> None:
+    """Free graphs, kernels, memory and streams, if any device was used."""
+    import sys
+
+    device = sys.modules.get(__name__ + ".device")
+    if device is not None:
+        device.shutdown()
