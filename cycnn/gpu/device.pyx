@@ -184,6 +184,15 @@ def forget():
         _devices.clear()
 
 
+def synchronize_context(int index):
+    """Wait for everything queued on the device by anyone in this process."""
+    cdef cyruntime.cudaError_t status
+    check(cyruntime.cudaSetDevice(index), "cudaSetDevice")
+    with nogil:
+        status = cyruntime.cudaDeviceSynchronize()
+    check(status, "cudaDeviceSynchronize")
+
+
 def reset(int index):
     """Destroy the device's primary context, with everything in it.
 
