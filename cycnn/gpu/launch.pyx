@@ -135,7 +135,14 @@ cdef class Kernel:
         return handle
 
     def __call__(
-        self, Stream stream not None, grid, block, *arguments, unsigned int shared=0
+        self,
+        Stream stream not None,
+        grid,
+        block,
+        *arguments,
+        unsigned int shared=0,
+        unsigned int cluster=1,
+        bint dependent=False,
     ):
         """Queue the kernel on ``stream``.
 
@@ -148,6 +155,12 @@ cdef class Kernel:
             As many as the signature has letters.
         shared : int
             Bytes of dynamic shared memory.
+        cluster : int
+            Blocks of a thread-block cluster, along x.
+        dependent : bool
+            Programmatic dependent launch: the kernel may start before the one ahead of
+            it in the stream has finished. It must execute griddepcontrol.wait before
+            it touches what that one writes.
 
         Raises
         ------
@@ -215,14 +228,30 @@ cdef class Kernel:
             self.shared_limit[index] = shared
         # the driver launches in the calling thread's current context
         check(cyruntime.cudaSetDevice(index), "cudaSetDevice")
-        cdef cydriver.CUresult status = cydriver.cuLaunchKernel(
-            <cydriver.CUfunction>handle,
-            g[0], g[1], g[2],
-            b[0], b[1], b[2],
-            shared,
-            <cydriver.CUstream>stream.handle,
-            pointers,
-            NULL,
+        cdef cydriver.CUlaunchAttribute attributes[2]
+        cdef cydriver.CUlaunchConfig config
+        config.gridDimX, config.gridDimY, config.gridDimZ = g[0], g[1], g[2]
+        config.blockDimX, config.blockDimY, config.blockDimZ = b[0], b[1], b[2]
+        config.sharedMemBytes = shared
+        config.hStream = <cydriver.CUstream>stream.handle
+        config.attrs = attributes
+        config.numAttrs = 0
+        if cluster > 1:
+            attributes[0].id = (
+                cydriver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            )
+            attributes[0].value.clusterDim.x = cluster
+            attributes[0].value.clusterDim.y = 1
+            attributes[0].value.clusterDim.z = 1
+            config.numAttrs = 1
+        if dependent:
+            attributes[config.numAttrs].id = (
+                cydriver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attributes[config.numAttrs].value.programmaticStreamSerializationAllowed = 1
+            config.numAttrs += 1
+        cdef cydriver.CUresult status = cydriver.cuLaunchKernelEx(
+            &config, <cydriver.CUfunction>handle, pointers, NULL
         )
         if status != cydriver.CUresult.CUDA_SUCCESS:
             check_driver(

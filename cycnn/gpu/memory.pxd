@@ -4,6 +4,16 @@ from libc.stdint cimport uintptr_t
 from .stream cimport Stream
 
 
+cdef class Arena:
+    cdef int device_index
+    cdef list free
+    cdef readonly size_t nbytes
+    cdef DeviceBuffer take(self, size_t nbytes)
+
+
+cdef Arena activate(Arena arena)
+
+
 cdef class DeviceBuffer:
     cdef uintptr_t address
     cdef readonly size_t nbytes
@@ -11,5 +21,8 @@ cdef class DeviceBuffer:
     cdef readonly Stream stream
     cdef readonly object _ptr
     cdef bint plain
+    # the graph's memory that this buffer came from and returns to, or None
+    cdef Arena arena
+    cdef DeviceBuffer block
     cdef unsigned int epoch
     cdef cyruntime.cudaError_t _allocate(self)

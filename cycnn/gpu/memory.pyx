@@ -14,6 +14,10 @@ from cuda.bindings cimport cyruntime
 from libc.stdint cimport uintptr_t
 cimport cython
 
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+
+
 from cycnn.errors import OutOfMemoryError
 
 from ._check cimport check
@@ -26,6 +30,50 @@ cdef bint _plain = os.environ.get("CYCNN_PLAIN_ALLOC", "0") not in ("", "0")
 cdef size_t _live_bytes = 0
 cdef size_t _peak_bytes = 0
 cdef size_t _live_buffers = 0
+
+
+# Where buffers come from while a graph is recorded; the pool's calls would be recorded.
+# Only for the thread that records.
+cdef Arena _arena = None
+cdef unsigned long _arena_thread = 0
+
+
+cdef class Arena:
+    """Memory of a graph: freed blocks are used again, and none leaves before its end.
+
+    Everything that a graph does is in one order, so a block freed while recording may
+    be handed out at once.
+    """
+
+    def __init__(self, int device_index):
+        self.device_index = device_index
+        self.free = []
+        self.nbytes = 0
+
+    cdef DeviceBuffer take(self, size_t nbytes):
+        cdef DeviceBuffer block, best = None
+        for block in self.free:
+            if block.nbytes >= nbytes and (best is None or block.nbytes < best.nbytes):
+                best = block
+        if best is not None and best.nbytes <= 2 * nbytes + 4096:
+            self.free.remove(best)
+            return best
+        outside = activate(None)
+        try:
+            best = DeviceBuffer(nbytes, self.device_index)
+        finally:
+            activate(outside)
+        self.nbytes += nbytes
+        return best
+
+
+cdef Arena activate(Arena arena):
+    """Let buffers come from ``arena``, or from the pool if None; returns the previous."""
+    global _arena, _arena_thread
+    before = _arena
+    _arena = arena
+    _arena_thread = PyThread_get_thread_ident()
+    return before
 
 
 @cython.no_gc_clear
@@ -56,6 +104,16 @@ cdef class DeviceBuffer:
         self.plain = _plain
         self.epoch = context_epoch()
         if nbytes == 0:
+            return
+        if (
+            _arena is not None
+            and _arena.device_index == device_index
+            and _arena_thread == PyThread_get_thread_ident()
+        ):
+            self.arena = _arena
+            self.block = self.arena.take(nbytes)
+            self.address = self.block.address
+            self._ptr = self.address
             return
         cdef cyruntime.cudaError_t status = self._allocate()
         if status == cyruntime.cudaError_t.cudaErrorMemoryAllocation:
@@ -93,6 +151,9 @@ cdef class DeviceBuffer:
 
     def __dealloc__(self):
         global _live_bytes, _live_buffers
+        if self.block is not None:
+            self.arena.free.append(self.block)
+            return
         if self.address == 0:
             return
         _live_bytes -= self.nbytes
