@@ -57,14 +57,15 @@ cdef class Library:
             check_driver(cydriver.cuLibraryUnload(handle), "cuLibraryUnload")
 
 
-cdef Library _library(str name, Device device):
-    key = (name, device.index)
+cdef Library _library(str name, tuple options, bint specific, Device device):
+    key = (name, options, specific, device.index)
     cdef Library library = _libraries.get(key)
     if library is None:
         with _lock:
             library = _libraries.get(key)
             if library is None:
-                library = Library(name, kernel_compile.load(name, device.arch))
+                arch = device.arch + "a" if specific else device.arch
+                library = Library(name, kernel_compile.load(name, arch, options))
                 _libraries[key] = library
     return library
 
@@ -84,6 +85,12 @@ cdef class Kernel:
         A letter for each parameter: ``P`` pointer (a Tensor or DeviceBuffer on the
         device, or None for a null pointer), ``i`` int, ``u`` unsigned int, ``q`` long
         long, ``Q`` unsigned long long, ``f`` float.
+    options : tuple of str
+        Options for the compiler, such as ``"-DC=32"``: the kernel is specialised for
+        them.
+    specific : bool
+        Compile for exactly this architecture (``sm_90a``), whose instructions no later
+        one has.
 
     Notes
     -----
@@ -93,6 +100,8 @@ cdef class Kernel:
     cdef readonly str library
     cdef readonly str name
     cdef readonly str signature
+    cdef readonly tuple options
+    cdef readonly bint specific
     cdef bytes letters
     cdef cydriver.CUkernel handles[MAX_DEVICES]
     cdef unsigned int shared_limit[MAX_DEVICES]
@@ -101,8 +110,12 @@ cdef class Kernel:
     def __cinit__(self):
         memset(self.handles, 0, sizeof(self.handles))
 
-    def __init__(self, str library, str name, str signature):
+    def __init__(
+        self, str library, str name, str signature, tuple options=(), bint specific=False
+    ):
         self.library = library
+        self.options = options
+        self.specific = specific
         self.name = name
         self.signature = signature
         self.letters = signature.encode()
@@ -122,7 +135,7 @@ cdef class Kernel:
             self.generation = _generation
         if index >= MAX_DEVICES:
             raise ValueError(f"cycnn uses devices 0 to {MAX_DEVICES - 1}, got {index}")
-        library = _library(self.library, get(index))
+        library = _library(self.library, self.options, self.specific, get(index))
         check_driver(
             cydriver.cuLibraryGetKernel(
                 &handle, (<Library>library).handle, <const char*>name
