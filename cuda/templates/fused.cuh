@@ -25,13 +25,14 @@ __host__ __device__ constexpr int round_up(int a, int b) { return ceil_div(a, b)
 
 // ---- rounding
 
-// Nearest tf32, ties away from zero: cvt.rna.tf32 in two integer instructions instead of
-// three. A NaN stays a NaN unless its payload is within 2^12 of wrapping; infinities stay.
+// Nearest tf32, ties away from zero; NaN and infinities stay what they are.
 __device__ __forceinline__ u32 round_tf32(float x) {
-  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+  u32 word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(x));
+  return word;
 }
-// x - round_tf32(x), itself rounded: what "fp32" adds to tf32. An overflowed or infinite
-// big part would give inf - inf; there the small part is 0.
+// x - round_tf32(x), itself rounded: what "fp32" adds to tf32. Beside an infinite big part
+// it is 0, not inf - inf.
 __device__ __forceinline__ u32 rest_tf32(float x, u32 big) {
   const float rest = x - __uint_as_float(big);
   return (big & 0x7f800000u) == 0x7f800000u ? 0u : round_tf32(rest);
@@ -58,9 +59,9 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-template <int MODE>
+template <int mode>
 __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if (MODE == MODE_BF16) mma_bf16(d, a, b0, b1);
+  if (mode == MODE_BF16) mma_bf16(d, a, b0, b1);
   else mma_tf32(d, a, b0, b1);
 }
 
@@ -110,8 +111,8 @@ __device__ __forceinline__ void copy_async4(u32 to, const void* from) {
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-template <int PENDING> __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+template <int pending> __device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
 // ---- barriers in shared memory (8 bytes each): a phase ends when all arrivals and all
