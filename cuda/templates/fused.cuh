@@ -172,6 +172,32 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// ---- thread-block clusters: before Hopper a block is alone, and its own cluster
+
+// *p = v in the shared memory of block `rank` of the cluster
+__device__ __forceinline__ void store_to_block(float* p, u32 rank, float v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
+      ::"r"(shared_address(p)), "r"(rank), "f"(v)
+      : "memory");
+#else
+  *p = v;
+#endif
+}
+__device__ __forceinline__ void arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // ---- programmatic dependent launch; without the launch attribute these do nothing
 
 // what earlier kernels wrote may be read, and what they read may be written, after this
