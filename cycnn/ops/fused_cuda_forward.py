@@ -1,0 +1,399 @@
+"""Fused forward operations on a GPU: plans, launch shapes, arguments.
+
+The kernels (``cuda/templates/*_forward.cu``) are specialised for a layer: its shape, its
+tile and the precision are options of the compiler, only the batch is known later. A
+plan is what is chosen here for a layer: all plain integers, made without a GPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import shapes
+from ..gpu import device as gpu_device
+from ..gpu.launch import Kernel
+from ..precision import get_precision
+from ..shapes import ceil_div
+from ..tensor import empty_on_gpu
+
+_FLOAT32, _UINT8 = np.dtype("float32"), np.dtype("uint8")
+_MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
+
+# Kibibytes of shared memory: most for a block, and of a multiprocessor.
+_SHARED = {(8, 0): (163, 164), (8, 7): (163, 164), (9, 0): (227, 228), (10, 0): (227, 228)}
+_SHARED_ELSEWHERE = (99, 100)
+_MAX_POSITIONS = 32  # of a pooling window whose sums a thread keeps
+
+
+class Machine(NamedTuple):
+    """What a plan depends on of the GPU."""
+
+    arch: str  # "sm_90"
+    sm_count: int
+
+    @property
+    def capability(self) -> tuple:
+        return int(self.arch[3:-1]), int(self.arch[-1])
+
+    @property
+    def shared(self) -> tuple:
+        return _SHARED.get(self.capability, _SHARED_ELSEWHERE)
+
+
+class ConvShape(NamedTuple):
+    """A convolution block but for its batch."""
+
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: tuple
+    padding: tuple
+    pool: tuple  # (1, 1): none
+    relu: bool
+    bias: bool
+    code: bool
+
+    @property
+    def output(self) -> tuple:
+        """(P, Q) before pooling."""
+        return (
+            (self.H + 2 * self.padding[0] - self.R) // self.stride[0] + 1,
+            (self.W + 2 * self.padding[1] - self.S) // self.stride[1] + 1,
+        )
+
+    @property
+    def pooled(self) -> tuple:
+        p, q = self.output
+        return p // self.pool[0], q // self.pool[1]
+
+
+class Plan(NamedTuple):
+    """How a kernel is compiled and launched."""
+
+    library: str
+    options: tuple  # (("C", 32), ...)
+    specific: bool  # needs the instructions of exactly this architecture
+    block: int
+    shared: int
+    images: int  # a block's
+    tiles: int  # blocks for a group of images
+    channel_tiles: int
+    packed_units: int = 0  # 16 bytes each, of the packed filter
+    pack_threads: int = 0
+
+    @property
+    def definitions(self) -> tuple:
+        return tuple(f"-D{name}={int(value)}" for name, value in self.options)
+
+    def grid(self, n: int) -> tuple:
+        return ceil_div(n, self.images) * self.tiles, self.channel_tiles
+
+
+def _round_up(a, b):
+    return ceil_div(a, b) * b
+
+
+def _shape_options(shape):
+    return (
+        *zip("CHWKRS", shape[:6]),
+        ("STRIDE_H", shape.stride[0]),
+        ("STRIDE_W", shape.stride[1]),
+        ("PAD_H", shape.padding[0]),
+        ("PAD_W", shape.padding[1]),
+        ("POOL_H", shape.pool[0]),
+        ("POOL_W", shape.pool[1]),
+        ("RELU", shape.relu),
+        ("HAS_BIAS", shape.bias),
+        ("HAS_CODE", shape.code),
+    )
+
+
+# The general convolution: every tile that fits is priced in clocks and the cheapest taken.
+
+# Clocks of a multiprocessor for a 16 x 8 x 8 (words) product with mma.sync; Hopper's wgmma
+# needs 1; bytes a clock that a multiprocessor gets from the L2 cache.
+_MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES = 1.6, 1.0, 40
+_START_CLOCKS, _CHUNK_CLOCKS = 1800, 150
+
+
+class Tile(NamedTuple):
+    """A block's work, in the words of ``conv_block_forward.cu``."""
+
+    IM: int
+    TP: int
+    TQ: int
+    TK: int
+    CQ: int
+    W_ROWS: int
+    SLOTS: int
+    WGMMA: int
+    WARPS_M: int
+    WARPS_N: int
+    WARPS_K: int
+    BLOCKS_PER_SM: int
+    SHARED_BYTES: int
+
+
+def _extents(used, pool):
+    """Sizes of a tile along an axis: the pool's power-of-two multiples, and all of it."""
+    sizes = {pool << i for i in range(7) if pool << i < 2 * used}
+    return sorted(sizes | {used})
+
+
+def _geometry(shape, tile_p, tile_q, images, tk, cq, mode):
+    """Sizes in the kernel's words: (chunks, bytes of an input buffer, of a filter row)."""
+    quad = 8 if mode == 2 else 4
+    parts = 2 if mode == 0 else 1
+    rows = (tile_p - 1) * shape.stride[0] + shape.R
+    columns = (tile_q - 1) * shape.stride[1] + shape.S
+    units = rows * shape.stride[1] * ceil_div(columns, shape.stride[1]) * images
+    return (
+        ceil_div(shape.C, cq * quad),
+        16 * parts * cq * units,
+        16 * parts * shape.S * cq * tk,
+    )
+
+
+def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq, mode):
+    """(WGMMA, WARPS_M, WARPS_N, WARPS_K) that can share a tile, with a thread's sums."""
+    doubled = 2 if mode == 0 else 1
+    if machine.capability == (9, 0):
+        if pixels % 64 == 0 and (row_pixels % 64 == 0 or tile_p % 8 == 0) and tk & (tk - 1) == 0:
+            for groups in (1, 2, 4):
+                sums = doubled * pixels // 64 // groups * tk // 2
+                if pixels // 64 % groups == 0 and sums <= 128:
+                    yield 1, 4 * groups, 1, 1, sums
+    for m, n, k in (
+        (4, 2, 1), (2, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (8, 1, 1),
+        (2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4), (1, 1, 2), (2, 1, 2),
+    ):
+        if pixels % (16 * m) or tk % (8 * n) or cq % (2 * k):
+            continue
+        sums = doubled * (pixels // 16 // m) * (tk // 8 // n) * 4
+        if sums <= 128:
+            yield 0, m, n, k, sums
+
+
+def _price(shape, n, machine, tile, mode):
+    """Clocks of the whole layer, roughly."""
+    products = 3 if mode == 0 else 1
+    parts = 2 if mode == 0 else 1
+    p, q = shape.pooled
+    pixels = tile.IM * tile.TP * tile.TQ
+    blocks = (
+        ceil_div(n, tile.IM)
+        * ceil_div(p * shape.pool[0], tile.TP)
+        * ceil_div(q * shape.pool[1], tile.TQ)
+        * ceil_div(shape.K, tile.TK)
+    )
+    chunks, x_bytes, w_row = _geometry(
+        shape, tile.TP, tile.TQ, tile.IM, tile.TK, tile.CQ, mode
+    )
+    steps = chunks * tile.CQ // 2 * shape.R * shape.S
+    if tile.WGMMA:
+        # the operands of m64nNk8 are read at 128 bytes a clock
+        tensor = pixels // 16 * (tile.TK / 8) * products * _WGMMA_CLOCKS
+        reads = pixels // 64 * (64 + tile.TK) / 4 * products
+    else:
+        warps = tile.WARPS_M * tile.WARPS_N
+        m, k = pixels // 16 // tile.WARPS_M, tile.TK // 8 // tile.WARPS_N
+        tensor = warps * m * k * products * _MMA_CLOCKS
+        reads = warps * 4 * (m + ceil_div(k, 2)) * parts
+    products_clocks = 1.15 * steps * max(tensor, reads)
+    # 16-byte units: 4 loads or more, rounding, a store; 128 lanes issue at a time
+    staging = chunks * x_bytes / 16 / parts * (8 if mode == 2 else 4) * 7 / 128
+    fetch = chunks * (w_row * shape.R + x_bytes) / _L2_BYTES
+    if tile.WGMMA:
+        busy = max(products_clocks, fetch, staging)
+    else:
+        busy = max(products_clocks + 0.5 * staging, fetch)
+    first = (w_row * tile.W_ROWS + x_bytes) / _L2_BYTES
+    last = pixels * tile.TK * (1 + tile.WARPS_K) * 6 / 128
+    idle = _START_CLOCKS + first + last + chunks * _CHUNK_CLOCKS
+    return (
+        ceil_div(blocks, machine.sm_count) * busy
+        + ceil_div(blocks, machine.sm_count * tile.BLOCKS_PER_SM) * idle
+    )
+
+
+def conv_tiles(shape, n, machine, mode):
+    """All tiles worth considering for a batch of about ``n``."""
+    p, q = shape.pooled
+    used_p, used_q = p * shape.pool[0], q * shape.pool[1]
+    quads = _round_up(ceil_div(shape.C, 8 if mode == 2 else 4), 2)
+    most, total = machine.shared
+    for images in (1, 2, 4, 8, 16, 32):
+        if images > 1 and images >= 2 * n:
+            break
+        for tile_q in _extents(used_q, shape.pool[1]):
+            if tile_q * images % 8 or tile_q * images > 128:
+                continue
+            for tile_p in _extents(used_p, shape.pool[0]):
+                pixels = tile_p * tile_q * images
+                if pixels % 16 or pixels > 512:
+                    continue
+                for tk in (8, 16, 32, 64, 128):
+                    if tk >= 2 * _round_up(shape.K, 8):
+                        break
+                    for cq in (2, 4, 8, 16):
+                        if cq > quads:
+                            break
+                        yield from _completed(
+                            shape, machine, mode, images, tile_p, tile_q, tk, cq
+                        )
+
+
+def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
+    pixels = images * tile_p * tile_q
+    most, total = machine.shared
+    chunks, x_bytes, w_row = _geometry(shape, tile_p, tile_q, images, tk, cq, mode)
+    for blocks in (1, 2):
+        shared = min(most, total // blocks - 1) * 1024
+        for w_rows in {shape.R, 1}:
+            groups = shape.R // w_rows
+            room = (shared - min(chunks, 2) * x_bytes - 256) // (w_rows * w_row + 8)
+            slots = min(room, chunks * groups, 24)
+            if slots < min(chunks, 2) * groups and slots < groups + 2 or slots < groups:
+                continue
+            for wgmma, m, n, k, sums in _warp_layouts(
+                machine, pixels, images * tile_q, tile_p, tk, cq, mode
+            ):
+                threads = 32 * m * n * k
+                staging = slots * w_rows * w_row + min(chunks, 2) * x_bytes
+                z_bytes = k * tk * (pixels + 4) * 4
+                needed = _round_up(max(staging, z_bytes), 16) + 8 * slots
+                registers = min(255, 65536 // (threads * blocks) // 8 * 8)
+                if needed > shared or sums + 80 > registers:
+                    continue
+                yield Tile(
+                    images, tile_p, tile_q, tk, cq, w_rows, slots,
+                    wgmma, m, n, k, blocks, needed,
+                )
+
+
+def block_plan(shape, tile, mode):
+    """The plan for a layer and a tile."""
+    quad = 8 if mode == 2 else 4
+    p, q = shape.pooled
+    channel_tiles = ceil_div(shape.K, tile.TK)
+    quads = _round_up(ceil_div(shape.C, quad), tile.CQ)
+    units = channel_tiles * tile.TK * quads * shape.R * shape.S
+    return Plan(
+        "conv_block_forward",
+        (*_shape_options(shape), ("MODE", mode), *zip(Tile._fields, tile)),
+        bool(tile.WGMMA),
+        32 * tile.WARPS_M * tile.WARPS_N * tile.WARPS_K,
+        tile.SHARED_BYTES,
+        tile.IM,
+        ceil_div(p, tile.TP // shape.pool[0]) * ceil_div(q, tile.TQ // shape.pool[1]),
+        channel_tiles,
+        units * (2 if mode == 0 else 1),
+        units,
+    )
+
+
+# The convolution of few input channels
+
+
+def few_plan(shape, n, machine, mode, gather=False):
+    """The plan of ``conv_few_forward.cu``, or None if the layer is not for it."""
+    positions = shape.pool[0] * shape.pool[1]
+    if shape.C > 4 or positions > _MAX_POSITIONS:
+        return None
+    p, q = shape.pooled
+    m_tiles = min(ceil_div(shape.K, 16), 2 if mode == 0 else 4, max(1, 32 // positions))
+    groups = max(1, 4 // positions)
+    channel_tiles = ceil_div(shape.K, 16 * m_tiles)
+    steps = ceil_div(shape.C * shape.R * shape.S, 8)
+    for row_tiles in range(1, p + 1):
+        rows = ceil_div(p, row_tiles)
+        passes = ceil_div(rows * q, 8 * groups)
+        x_rows = (rows * shape.pool[0] - 1) * shape.stride[0] + shape.R
+        words = _round_up(shape.C * x_rows * (shape.W + 2 * shape.padding[1]), 4)
+        shared = 4 * (words + 16 * m_tiles * (8 * steps + 4))
+        enough = n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
+        if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
+            break
+    else:
+        return None
+    warps = ceil_div(passes, ceil_div(passes, 8))
+    options = (
+        *_shape_options(shape),
+        ("MODE", mode),
+        ("TK", 16 * m_tiles),
+        ("TPP", rows),
+        ("GROUPS", groups),
+        ("WARPS", warps),
+        ("BLOCKS_PER_SM", 1),
+        ("SHARED_BYTES", shared),
+        ("GATHER", gather),
+    )
+    return Plan(
+        "conv_few_forward", options, False, 32 * warps, shared, 1, ceil_div(p, rows),
+        channel_tiles,
+    )
+
+
+@lru_cache(None)
+def conv_plan(shape, n, machine, mode):
+    """The plan for a layer and a batch of up to ``n``; None where there is none."""
+    if min(shape.pooled) < 1 or machine.capability < (8, 0):
+        return None
+    plan = few_plan(shape, n, machine, mode)
+    if plan is not None:
+        return plan
+    tiles = conv_tiles(shape, n, machine, mode)
+    best = min(tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None)
+    return None if best is None else block_plan(shape, best, mode)
+
+
+# Linear layers
+
+
+@lru_cache(None)
+def linear_plan(n, i, o, relu, bias, machine, mode):
+    """The plan of a linear layer for a batch of up to ``n``; None where there is none."""
+    if machine.capability < (8, 0):
+        return None
+    # larger tiles read less, smaller ones finish sooner: as large as keeps the GPU busy
+    for m_tiles, n_tiles in ((4, 4), (2, 4), (2, 2), (1, 2), (1, 1)):
+        grid = ceil_div(n, 16 * m_tiles), ceil_div(o, 8 * n_tiles)
+        if grid[0] * grid[1] >= machine.sm_count:
+            break
+    most = 4 if (m_tiles, n_tiles) == (4, 4) else 8  # static shared memory: 48 KiB
+    warps = min(most, ceil_div(i, 16))
+    options = (
+        ("HEAD", 0), ("I", i), ("O", o), ("RELU", relu), ("HAS_BIAS", bias), ("MODE", mode),
+        ("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS", warps),
+    )
+    return Plan(
+        "linear_block_forward", options, False, 32 * warps, 0, 16 * m_tiles, 1, grid[1]
+    )
+
+
+_HEAD_WORK = 1 << 17  # weights of a head; one cluster of blocks has to do it all
+
+
+@lru_cache(None)
+def head_plan(i, o, bias, machine, mode):
+    """The plan of a head of ``o`` classes; None where there is none."""
+    if machine.capability < (8, 0) or o > 1024 or i * o > _HEAD_WORK:
+        return None
+    cluster = 8 if machine.capability >= (9, 0) and machine.capability < (12, 0) else 1
+    warps, n_tiles = 8, min(ceil_div(o, 8), 8)
+    pitch = 8 * n_tiles
+    shared = 4 * 16 * (warps * (pitch + 8) + _round_up(o, pitch))
+    options = (
+        ("HEAD", 1), ("I", i), ("O", o), ("HAS_BIAS", bias), ("MODE", mode),
+        ("N_TILES", n_tiles), ("WARPS", warps), ("CLUSTER", cluster),
+        ("SHARED_BYTES", shared),
+    )
+    return Plan(
+        "linear_block_forward", options, False, 32 * warps, shared, 1, 1, cluster
+    )
