@@ -553,7 +553,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
       constexpr int KEPT = FLAT || RT < STRIDE_H ? 0 : RT - STRIDE_H;
       u32 window[RT][NT][WINDOW];
 #pragma unroll
-      for (int r = 0; r < KEPT; ++r)
+      for (int r = 0; r < KEPT; ++r) {
+        if (VR * RT > R && r0 + r >= R) continue;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -561,6 +562,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
             const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
             window[r + RT - KEPT][n][i] = v.x, window[r + RT - KEPT][n][i + 1] = v.y;
           }
+      }
 #pragma unroll 1
       for (int p = p_begin; p < p_end; ++p, dz += DZ_PITCH, xs += STRIDE_H * X_PITCH) {
         u32 a[MT][4];
@@ -589,7 +591,9 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           continue;
         }
 #pragma unroll
-        for (int r = 0; r < RT; ++r)
+        for (int r = 0; r < RT; ++r) {
+          // the last of the VR warps may have less than RT rows of taps
+          if (VR * RT > R && r0 + r >= R) continue;
 #pragma unroll
           for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -603,8 +607,6 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
               }
             }
 #pragma unroll
-        for (int r = 0; r < RT; ++r)
-#pragma unroll
           for (int s = 0; s < ST; ++s)
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
@@ -612,6 +614,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
               for (int m = 0; m < MT; ++m) multiply(acc[m][n][r][s], a[m], b0, b1);
             }
+        }
       }
     }
   }
