@@ -20,8 +20,8 @@
 //    As a product for each tap: k (rows) x c (columns), contraction over pixels. A warp
 //    walks down the rows p; a fragment of dz is read once for all taps, a row of x once for
 //    all taps s (shifted in registers) and kept for the taps r of the next rows.
-//    The batch is split over blocks; each writes a partial gradient, and reduce.cu or
-//    update.cu adds the partials in order: no atomics, equal bits in every run.
+//    The pixels are split over blocks; each writes a partial gradient, and update.cu
+//    adds the partials in order: no atomics, equal bits in every run.
 //    With few input channels (DW_FLAT) the columns are (c, r, s) together.
 // 4. dbias[k] = sum_{n,p,q} dz: added up from the fragments of dz on their way.
 //
@@ -55,26 +55,41 @@ __host__ __device__ constexpr int stride(int size, int residue, int modulus) {
 // the widest run of floats (4, 2, 1) whose rows of length n all start aligned
 __host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
 
+// A number on its way through registers into shared memory.
 __device__ __forceinline__ u32 operand(float x) {
   return PRECISION == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
 }
+// A float that was copied into shared memory as it is, on its way to a product: half a unit
+// is added here and the tensor core cuts the rest off. (A NaN of all ones would pass for 0;
+// NaNs in x and weight have met the loss long before.)
+__device__ __forceinline__ u32 copied_operand(u32 word) {
+  return PRECISION == MODE_TF32 ? word + 0x1000u : word;
+}
 
-// acc (16 x 8) += a b, operands as they lie in shared memory
+// acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
+// but small * small. Tensor cores do not round sums to nearest, so a sum of 8 products is
+// added to acc outside of them.
+struct Split {
+  u32 big, small;
+  __device__ __forceinline__ Split(u32 word) {
+    big = (word + 0x1000u) & 0xffffe000u;
+    small = __float_as_uint(__uint_as_float(word) - __uint_as_float(big));
+  }
+};
 __device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if (PRECISION != MODE_FP32) {
     mma<PRECISION>(acc, a, b0, b1);
     return;
   }
-  u32 big[4], small[4];
+  const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);
+  const u32 big[4] = {a0.big, a1.big, a2.big, a3.big};
+  const u32 small[4] = {a0.small, a1.small, a2.small, a3.small};
+  float sum[4] = {};
+  mma_tf32(sum, small, b_low.big, b_high.big);
+  mma_tf32(sum, big, b_low.small, b_high.small);
+  mma_tf32(sum, big, b_low.big, b_high.big);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    big[i] = round_tf32(__uint_as_float(a[i]));
-    small[i] = rest_tf32(__uint_as_float(a[i]), big[i]);
-  }
-  const u32 big0 = round_tf32(__uint_as_float(b0)), big1 = round_tf32(__uint_as_float(b1));
-  mma_tf32(acc, small, big0, big1);
-  mma_tf32(acc, big, rest_tf32(__uint_as_float(b0), big0), rest_tf32(__uint_as_float(b1), big1));
-  mma_tf32(acc, big, big0, big1);
+  for (int i = 0; i < 4; ++i) acc[i] += sum[i];
 }
 
 // ---- moving runs of numbers
@@ -165,8 +180,18 @@ __device__ __forceinline__ void load_dz(float (&dz)[WIN_H][RUN_Q], const Gradien
   }
 }
 
-// Every word of both tiles is set before it is used: borders, which loads leave alone,
-// stay zero.
+// COUNT neighbouring floats from global into shared memory, in the background.
+template <int ALIGN, int COUNT>
+__device__ __forceinline__ void copy_run(u32* to, const float* __restrict__ from) {
+  if (ALIGN % 4 == 0 && COUNT == 4) {
+    copy_async16(shared_address(to), from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) copy_async4(shared_address(to + i), from + i);
+  }
+}
+
+// Borders, which loads leave alone, are set to zero once.
 __device__ __forceinline__ void clear(u32* shared, int words) {
   for (int i = threadIdx.x * 4; i < words; i += THREADS * 4)
     *(uint4*)(shared + i) = make_uint4(0, 0, 0, 0);
@@ -230,6 +255,9 @@ constexpr int ALIGN = GC >= 4 ? 4 : GC == 2 ? 2 : 1;
 constexpr int W_ROW = stride(CT * RS, 8 * RS % 32, 32);
 constexpr int W_RUN = run(C * RS) < run(CT * RS) ? run(C * RS) : run(CT * RS);
 constexpr int TILE_WORDS = KC * (PLANE + W_ROW);
+// Otherwise every word of dz that is used is loaded: pixels of images beyond the batch are
+// columns that nobody stores.
+constexpr bool BORDER = column_bound(false) < 0 || column_bound(true) > Q || K % (KC * E) != 0;
 constexpr int ACCUMULATORS = NI * NG * NR * MT * 4;
 constexpr int SUM_WORDS = WK > 1 ? WARPS / WK * ACCUMULATORS * 32 : 0;
 constexpr int SHARED_WORDS = most(TILE_WORDS, SUM_WORDS);
@@ -266,18 +294,21 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
 __device__ __forceinline__ void load_weights(u32* tile, const float* __restrict__ weight, int k0,
                                              int c0) {
   constexpr int RUNS = CT * RS / W_RUN;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = threadIdx.x; i < KC * RUNS; i += THREADS) {
     const int word = i / RUNS, at = i % RUNS * W_RUN, k = k0 + word * E;
     const bool inside = c0 * RS + at < C * RS;
     const float* from = weight + ((size_t)k * C + c0) * RS + at;
+    if (E == 1 && inside && k < K) {
+      copy_run<4, W_RUN>(tile + word * W_ROW + at, from);
+      continue;
+    }
     float low[W_RUN] = {}, high[W_RUN] = {};
     if (inside && k < K) load_run(low, from);
     if (E == 2 && inside && k + 1 < K) load_run(high, from + C * RS);
     u32 words[W_RUN];
 #pragma unroll
-    for (int j = 0; j < W_RUN; ++j)
-      words[j] = E == 2 ? pack_bf16(low[j], high[j]) : operand(low[j]);
+    for (int j = 0; j < W_RUN; ++j) words[j] = E == 2 ? pack_bf16(low[j], high[j]) : 0u;
     store_words<4>(tile + word * W_ROW + at, words);
   }
 }
@@ -300,11 +331,13 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
   const u32* const w_lane = w_tile + t * W_ROW + (wc * MT * 16 + g) * RS;
 
   float acc[NI][NG][NR][MT][4] = {};
-  clear(shared, KC * PLANE);
+  if (BORDER) clear(shared, KC * PLANE);
   for (int k0 = 0; k0 < K; k0 += KC * E) {
     __syncthreads();
-    load_gradient(dz_tile, from, n0, p_block, k0, N);
     load_weights(w_tile, weight, k0, c0);
+    copy_commit();
+    load_gradient(dz_tile, from, n0, p_block, k0, N);
+    copy_wait<0>();
     __syncthreads();
 #pragma unroll 1
     for (int step = wk; step < KC / 8 && k0 + step * 8 * E < K; step += WK) {
@@ -329,8 +362,10 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
             const u32* const from_w = w + m * 16 * RS + r * S + s;
-            a[r][m][0] = from_w[0], a[r][m][1] = from_w[8 * RS];
-            a[r][m][2] = from_w[4 * W_ROW], a[r][m][3] = from_w[4 * W_ROW + 8 * RS];
+            a[r][m][0] = copied_operand(from_w[0]);
+            a[r][m][1] = copied_operand(from_w[8 * RS]);
+            a[r][m][2] = copied_operand(from_w[4 * W_ROW]);
+            a[r][m][3] = copied_operand(from_w[4 * W_ROW + 8 * RS]);
           }
 #pragma unroll
         for (int i = 0; i < NG; ++i) {
@@ -450,13 +485,18 @@ constexpr int X_IMAGE = stride(XR * X_PITCH, residue(XE), GI > 1 ? 8 : 4);
 constexpr int X_PLANE = stride(TI * X_IMAGE, 8, 32);
 constexpr int X_ALIGN = GI > 1 && GQ / XE % 4 ? 2 : 4;
 constexpr int X_RUN = run(W), X_RUNS = W / X_RUN;
-constexpr int TILE_WORDS = KT * DZ_PLANE + CT * X_PLANE;
-// the gradient of 8 output channels of each warp row, on its way out
+// warps read a row of x for each of their RT taps, beyond the tile too if R is no multiple
+constexpr int TILE_WORDS = KT * DZ_PLANE + CT * X_PLANE + most(0, VR * RT - R) * X_PITCH;
+constexpr bool BORDER = PAD_W > 0 || Q % GQ != 0;
+// The gradient on its way out: of all output channels, or of 8 of each warp's at a time, once
+// for each of the warps that share the pixels.
 constexpr int OUT_ROW = FLAT ? 8 * NT * VC : CT * RS;
-constexpr int SHARED_WORDS = most(TILE_WORDS, VK * 8 * OUT_ROW);
+constexpr int PARTS = VP * KT * OUT_ROW <= TILE_WORDS ? 1 : 2 * MT;
+constexpr int PART_ROWS = KT / PARTS, PART_WORDS = PART_ROWS * OUT_ROW;
+constexpr int SHARED_WORDS = most(TILE_WORDS, VP * PART_WORDS);
 
-__device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int n_end,
-                                              int p0, int k0) {
+__device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int N, int p0,
+                                              int k0) {
   constexpr int ROWS = TP / WIN_H, ITEMS = KT * TI * ROWS * WINDOW_RUNS;
 #pragma unroll 4
   for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
@@ -464,8 +504,9 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
     const int image = i / (WINDOW_RUNS * ROWS) % TI, ki = i / (WINDOW_RUNS * ROWS * TI);
     const int pp = p0 / WIN_H + row, n = n0 + image, k = k0 + ki;
     if (pp >= PP || k >= K) continue;
+    // beyond the batch x is 0 and dz too
     float dz[WIN_H][RUN_Q] = {};
-    if (n < n_end)
+    if (n < N)
       load_dz(dz, from, (((size_t)n * K + k) * PP + pp) * QQ + column * WINDOWS);
     u32* const to = tile + ki * DZ_PLANE + image * DZ_IMAGE + row * WIN_H * DZ_PITCH;
 #pragma unroll
@@ -475,19 +516,30 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
 }
 
 __device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ x, int n0,
-                                           int n_end, int p0, int c0) {
+                                           int N, int p0, int c0) {
   constexpr int ITEMS = CT * TI * XR * X_RUNS;
 #pragma unroll 4
   for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
     const int column = i % X_RUNS, row = i / X_RUNS % XR;
     const int image = i / (X_RUNS * XR) % TI, ci = i / (X_RUNS * XR * TI);
     const int h = p0 * STRIDE_H - PAD_H + row, n = n0 + image, c = c0 + ci;
-    if (c >= C || n >= n_end) continue;
+    if (c >= C) continue;
+    u32* const to = tile + ci * X_PLANE + image * X_IMAGE + row * X_PITCH;
+    const float* const from = x + (((size_t)n * C + c) * H + h) * W + column * X_RUN;
+    const bool inside = n < N && h >= 0 && h < H;
+    if (XE == 1 && inside) {
+      copy_run<X_ALIGN, X_RUN>(to + LEFT + column * X_RUN, from);
+      continue;
+    }
     float v[X_RUN] = {};
-    if (h >= 0 && h < H) load_run(v, x + (((size_t)n * C + c) * H + h) * W + column * X_RUN);
-    store_pixels<XE, X_ALIGN>(tile + ci * X_PLANE + image * X_IMAGE + row * X_PITCH,
-                              LEFT + column * X_RUN, v);
+    if (inside) load_run(v, from);
+    store_pixels<XE, X_ALIGN>(to, LEFT + column * X_RUN, v);
   }
+}
+
+// pairs of bf16 came through registers
+__device__ __forceinline__ u32 copied_pixel(u32 word) {
+  return E == 1 ? copied_operand(word) : word;
 }
 
 // B fragment of tap s: pixels q of a lane are numbers SKIP + s + q * SW of its window.
@@ -505,13 +557,12 @@ __device__ __forceinline__ float sum_of(u32 word) {
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
                           const float* __restrict__ x, float* __restrict__ dweight,
-                          float* __restrict__ dbias, int N, int images) {
+                          float* __restrict__ dbias, int N, int stages) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int k0 = block % K_TILES * KT, c_tile = block / K_TILES % C_TILES;
   const int split = block / (K_TILES * C_TILES), c0 = c_tile * CT;
   const int vk = warp % VK, vc = warp / VK % VC, vr = warp / (VK * VC) % VR;
   const int vp = warp / (VK * VC * VR), r0 = vr * RT;
-  const int n_begin = split * images, n_end = least(n_begin + images, N);
   u32* const dz_tile = shared;
   u32* const x_tile = shared + KT * DZ_PLANE;
 
@@ -533,13 +584,16 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
     tap[n] = FLAT && column < C * RS ? c * X_PLANE + r * X_PITCH + s : 0;
   }
 
-  clear(shared, TILE_WORDS);
+  if (BORDER) clear(shared, TILE_WORDS);
+  const int end = least((split + 1) * stages, ceil_div(N, TI) * ROW_STEPS);
 #pragma unroll 1
-  for (int step = 0; step < ceil_div(n_end - n_begin, TI) * ROW_STEPS; ++step) {
-    const int n0 = n_begin + step / ROW_STEPS * TI, p0 = step % ROW_STEPS * TP;
+  for (int stage = split * stages; stage < end; ++stage) {
+    const int n0 = stage / ROW_STEPS * TI, p0 = stage % ROW_STEPS * TP;
     __syncthreads();
-    load_gradient(dz_tile, from, n0, n_end, p0, k0);
-    load_input(x_tile, x, n0, n_end, p0, c0);
+    load_input(x_tile, x, n0, N, p0, c0);
+    copy_commit();
+    load_gradient(dz_tile, from, n0, N, p0, k0);
+    copy_wait<0>();
     __syncthreads();
 #pragma unroll 1
     for (int unit = vp; unit < UNITS; unit += VP) {
@@ -553,16 +607,15 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
       constexpr int KEPT = FLAT || RT < STRIDE_H ? 0 : RT - STRIDE_H;
       u32 window[RT][NT][WINDOW];
 #pragma unroll
-      for (int r = 0; r < KEPT; ++r) {
-        if (VR * RT > R && r0 + r >= R) continue;
+      for (int r = 0; r < KEPT; ++r)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int i = 0; i < WINDOW; i += 2) {
             const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
-            window[r + RT - KEPT][n][i] = v.x, window[r + RT - KEPT][n][i + 1] = v.y;
+            window[r + RT - KEPT][n][i] = copied_pixel(v.x);
+            window[r + RT - KEPT][n][i + 1] = copied_pixel(v.y);
           }
-      }
 #pragma unroll 1
       for (int p = p_begin; p < p_end; ++p, dz += DZ_PITCH, xs += STRIDE_H * X_PITCH) {
         u32 a[MT][4];
@@ -583,7 +636,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const u32* const v = xs + tap[n] + i * E * STRIDE_W;
-              b[i] = E == 1 ? v[0] : pack_bf16(__uint_as_float(v[0]), __uint_as_float(v[STRIDE_W]));
+              b[i] = E == 1 ? copied_operand(v[0]) : pack_bf16(__uint_as_float(v[0]), __uint_as_float(v[STRIDE_W]));
             }
 #pragma unroll
             for (int m = 0; m < MT; ++m) multiply(acc[m][n][0][0], a[m], b[0], b[1]);
@@ -592,8 +645,6 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
         }
 #pragma unroll
         for (int r = 0; r < RT; ++r) {
-          // the last of the VR warps may have less than RT rows of taps
-          if (VR * RT > R && r0 + r >= R) continue;
 #pragma unroll
           for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -603,9 +654,11 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
                 window[r][n][i + 1] = window[r + RT - KEPT][n][i + 1];
               } else {
                 const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
-                window[r][n][i] = v.x, window[r][n][i + 1] = v.y;
+                window[r][n][i] = copied_pixel(v.x), window[r][n][i + 1] = copied_pixel(v.y);
               }
             }
+          // the last of the VR warps may have fewer rows of taps
+          if (VR * RT > R && r0 + r >= R) continue;
 #pragma unroll
           for (int s = 0; s < ST; ++s)
 #pragma unroll
@@ -619,41 +672,44 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
     }
   }
 
-  // Out through shared memory, 8 output channels of each warp row at a time, so that the
-  // stores to global memory are whole rows; warps that shared the pixels add in order.
+  // Out through shared memory, so that stores to global memory are whole rows, and so that
+  // what warps made of different pixels is added in order.
   float* const out = (float*)shared;
 #pragma unroll
-  for (int m = 0; m < MT; ++m)
+  for (int part = 0; part < PARTS; ++part) {
+    __syncthreads();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-      for (int giver = 0; giver < VP; ++giver) {
-        __syncthreads();
-        if (vp != giver) continue;
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (PARTS > 1 && part != m * 2 + half) continue;
+        const int row = PARTS > 1 ? vk * 8 + g : (vk * MT + m) * 16 + half * 8 + g;
+        float* const to = out + vp * PART_WORDS + row * OUT_ROW;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int r = 0; r < RT; ++r)
 #pragma unroll
-            for (int s = 0; s < ST; ++s)
+            for (int s = 0; s < ST; ++s) {
+              if (!FLAT && r0 + r >= R) continue;
+              const int column = (vc * NT + n) * 8 + 2 * t;
+              const int at = FLAT ? column : column * RS + (r0 + r) * S + s;
+              to[at] = acc[m][n][r][s][2 * half];
+              to[at + (FLAT ? 1 : RS)] = acc[m][n][r][s][2 * half + 1];
+            }
+      }
+    __syncthreads();
+#pragma unroll 2
+    for (int i = threadIdx.x; i < PART_WORDS; i += THREADS) {
+      const int row = i / OUT_ROW, at = i % OUT_ROW;
+      const int k = k0 + (PARTS > 1 ? (row / 8 * MT + part / 2) * 16 + part % 2 * 8 + row % 8 : row);
+      if (k >= K || c0 * RS + at >= C * RS) continue;
+      float sum = out[i];
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                if (!FLAT && r0 + r >= R) continue;
-                const int column = (vc * NT + n) * 8 + 2 * t + e;
-                const int at = FLAT ? column : column * RS + (r0 + r) * S + s;
-                float* const to = out + (vk * 8 + g) * OUT_ROW + at;
-                const float v = acc[m][n][r][s][2 * half + e];
-                *to = giver ? *to + v : v;
-              }
-      }
-      __syncthreads();
-      for (int i = threadIdx.x; i < VK * 8 * OUT_ROW; i += THREADS) {
-        const int row = i / OUT_ROW, at = i % OUT_ROW;
-        const int k = k0 + (row / 8 * MT + m) * 16 + half * 8 + row % 8;
-        if (k < K && c0 * RS + at < C * RS)
-          dweight[((size_t)split * K + k) * (C * RS) + c0 * RS + at] = out[i];
-      }
+      for (int giver = 1; giver < VP; ++giver) sum += out[giver * PART_WORDS + i];
+      dweight[((size_t)split * K + k) * (C * RS) + c0 * RS + at] = sum;
     }
+  }
 
   // the four lanes t of a channel, then the warps that shared the pixels
   if (dbias && c_tile == 0) {
@@ -686,20 +742,21 @@ constexpr int SHARED_WORDS = weight_gradient::SHARED_WORDS;
 #endif
 static_assert(SHARED_WORDS * 4 <= SHARED, "the host counts the same bytes");
 
-// images: of a split. dweight (splits, K, C, R, S), dbias (splits, K) or null.
+// stages: of a split, of the ceil(N / DW_TI) * ceil(P / DW_TP) that there are.
+// dweight (splits, K, C, R, S), dbias (splits, K) or null.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     conv_block_backward(const float* __restrict__ dy, const float* __restrict__ y,
                         const u8* __restrict__ code, const float* __restrict__ x,
                         const float* __restrict__ weight, float* __restrict__ dx,
                         float* __restrict__ dweight, float* __restrict__ dbias, int N,
-                        int dw_blocks, int images) {
+                        int dw_blocks, int stages) {
   extern __shared__ uint4 shared[];
   const Gradient from = {dy, y, code};
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const int block = blockIdx.x;
   if (block < dw_blocks)
-    weight_gradient::run_block(block, (u32*)shared, from, x, dweight, dbias, N, images);
+    weight_gradient::run_block(block, (u32*)shared, from, x, dweight, dbias, N, stages);
 #if NEED_DX
   else
     data_gradient::run_block(block - dw_blocks, (u32*)shared, from, weight, dx, N);

@@ -31,21 +31,30 @@ __device__ __forceinline__ u32 operand(float x) {
   return PRECISION == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
 }
 
+// acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
+// but small * small. Tensor cores do not round sums to nearest, so a sum of 8 products is
+// added to acc outside of them.
+struct Split {
+  u32 big, small;
+  __device__ __forceinline__ Split(u32 word) {
+    big = (word + 0x1000u) & 0xffffe000u;
+    small = __float_as_uint(__uint_as_float(word) - __uint_as_float(big));
+  }
+};
 __device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if (PRECISION != MODE_FP32) {
     mma<PRECISION>(acc, a, b0, b1);
     return;
   }
-  u32 big[4], small[4];
+  const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);
+  const u32 big[4] = {a0.big, a1.big, a2.big, a3.big};
+  const u32 small[4] = {a0.small, a1.small, a2.small, a3.small};
+  float sum[4] = {};
+  mma_tf32(sum, small, b_low.big, b_high.big);
+  mma_tf32(sum, big, b_low.small, b_high.small);
+  mma_tf32(sum, big, b_low.big, b_high.big);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    big[i] = round_tf32(__uint_as_float(a[i]));
-    small[i] = rest_tf32(__uint_as_float(a[i]), big[i]);
-  }
-  const u32 big0 = round_tf32(__uint_as_float(b0)), big1 = round_tf32(__uint_as_float(b1));
-  mma_tf32(acc, small, big0, big1);
-  mma_tf32(acc, big, rest_tf32(__uint_as_float(b0), big0), rest_tf32(__uint_as_float(b1), big1));
-  mma_tf32(acc, big, big0, big1);
+  for (int i = 0; i < 4; ++i) acc[i] += sum[i];
 }
 
 template <int COUNT>
@@ -90,7 +99,7 @@ template <int COLUMNS, int STRIDE, int LENGTH>
 __device__ __forceinline__ void load_down(u32* tile, const Matrix<LENGTH>& from, int row0,
                                           int column0) {
   constexpr int RUN = Matrix<LENGTH>::RUN, RUNS = COLUMNS / RUN;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = threadIdx.x; i < DEPTH * RUNS; i += THREADS) {
     const int word = i / RUNS, column = i % RUNS * RUN, row = row0 + word * E;
     float low[RUN], high[RUN] = {};
@@ -107,7 +116,7 @@ template <int ROWS, int STRIDE, int LENGTH>
 __device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from, int row0,
                                            int column0) {
   constexpr int RUN = Matrix<LENGTH>::RUN, RUNS = DEPTH * E / RUN;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = threadIdx.x; i < ROWS * RUNS; i += THREADS) {
     const int row = i / RUNS, column = i % RUNS * RUN;
     float v[RUN];

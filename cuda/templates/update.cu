@@ -78,16 +78,22 @@ __device__ __forceinline__ float4 sum_partials(const float* __restrict__ partial
   return sum;
 }
 
-// grad (count) = sum of partials (splits, count). Grid: ceil(count / (1024 / groups)).
+// The gradients of a layer, weight (n) and bias (m, may be 0), from their partials
+// (splits, n) and (splits, m). Grid: ceil(n / (1024 / groups)) + ceil(m / (1024 / groups)).
 extern "C" __global__ void __launch_bounds__(THREADS)
-    reduce_partials(const float* __restrict__ partials, float* __restrict__ grad, int splits,
-                    int count) {
+    reduce_partials(const float* __restrict__ weight_partials, float* __restrict__ dweight, int n,
+                    const float* __restrict__ bias_partials, float* __restrict__ dbias, int m,
+                    int splits) {
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const int groups = groups_of(splits), members = THREADS / groups;
-  const long long at = ((long long)blockIdx.x * members + threadIdx.x % members) * 4;
-  const float4 sum = sum_partials(partials, splits, count, at, groups);
-  if (threadIdx.x < members) store4(grad, at, count, sum);
+  const int weight_blocks = ceil_div(n, 4 * members);
+  const bool bias = blockIdx.x >= weight_blocks;
+  const int block = bias ? blockIdx.x - weight_blocks : blockIdx.x, count = bias ? m : n;
+  const long long at = ((long long)block * members + threadIdx.x % members) * 4;
+  const float4 sum =
+      sum_partials(bias ? bias_partials : weight_partials, splits, count, at, groups);
+  if (threadIdx.x < members) store4(bias ? dbias : dweight, at, count, sum);
 }
 
 struct RMSprop {
@@ -124,9 +130,13 @@ __device__ __forceinline__ void update(const Entry* __restrict__ table, int entr
                                        float* __restrict__ params, float* __restrict__ grads,
                                        float* __restrict__ squares, float* __restrict__ buffers,
                                        const float* __restrict__ lr, const Rule& rule) {
-  int index = 0;
-  while (index + 1 < entries && table[index + 1].first_block <= blockIdx.x) ++index;
-  const Entry entry = table[index];
+  // all threads look for the entry of this block at once
+  int before = 0;
+  for (int first = 0; first < entries; first += THREADS) {
+    const int i = first + threadIdx.x;
+    before += __syncthreads_count(i < entries && table[i].first_block <= blockIdx.x);
+  }
+  const Entry entry = table[before - 1];
   const int groups = groups_of(entry.splits), members = THREADS / groups;
   const long long at =
       ((blockIdx.x - entry.first_block) * members + threadIdx.x % members) * 4;

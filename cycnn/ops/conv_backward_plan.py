@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 WARPS = 8
 THREADS = 32 * WARPS
-# Registers a thread may have for two blocks on a multiprocessor, less what addresses and
-# loads take.
-_REGISTERS = 128 - 28
+# Registers for accumulators and operands: of the 128 that a thread may have when two blocks
+# share a multiprocessor, addresses and loads in flight take the others. The loads of the
+# weight gradient keep more numbers in flight.
+_DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 84
+# ... and what a block that has a multiprocessor for itself has more.
+_REGISTERS_ALONE = 100
 # What one block may use on every GPU from compute capability 8.0 on.
 _SHARED_LIMIT = 99 * 1024
 # Multiprocessors that the choice of tiles is made for, and a typical batch.
@@ -22,7 +25,7 @@ _PROCESSORS, _BATCH = 132, 128
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
 # Clocks: a tensor-core product of a warp, a word of shared memory for each of its lanes,
 # a float fetched into shared memory by a block.
-_MMA, _LOAD, _FETCH = 1.6, 0.8, 0.15
+_MMA, _LOAD, _FETCH = 1.6, 0.6, 0.15
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class Plan:
     macros: tuple  # of (name, value)
     shared: int
     weight_tiles: int  # blocks that share a part of the batch
-    weight_images: int  # images of a stage: parts of the batch are multiples
+    weight_images: int  # images of a stage
+    weight_rows: int  # stages of a group of images
     data_tiles: int  # blocks of a group of images
     data_images: int  # images of such a group
 
@@ -83,14 +87,11 @@ class Plan:
         return self.data_tiles * _ceil(batch, self.data_images) if self.data_images else 0
 
     def splits(self, batch: int, processors: int) -> tuple:
-        """(parts of the batch, images of each) for the weight gradient.
-
-        Two blocks run on a multiprocessor; as many parts as fill them, of whole stages.
-        """
-        stages = _ceil(batch, self.weight_images)
+        """(partial weight gradients, stages of each), for two blocks a multiprocessor."""
+        stages = _ceil(batch, self.weight_images) * self.weight_rows
         wanted = max(1, 2 * processors // self.weight_tiles)
-        images = _ceil(stages, min(stages, wanted)) * self.weight_images
-        return _ceil(batch, images), images
+        each = _ceil(stages, min(stages, wanted))
+        return _ceil(stages, each), each
 
 
 def _ceil(a, b):
@@ -165,7 +166,7 @@ def _data_tile_words(shape, mode, columns, low, high, rows, images, channels, ro
     return _stride(images * image, 8, 32), _stride(channels * taps, 8 * taps % 32, 32)
 
 
-def _data_plans(shape, mode):
+def _data_plans(shape, mode, registers=0):
     """All ways to cut the work on dx, each with its cost in clocks."""
     taps_h, taps_w = shape.taps
     step = shape.stride[0]
@@ -187,7 +188,7 @@ def _data_plans(shape, mode):
             for mt, nr, ni in itertools.product((1, 2, 4), row_choices, (1, 2, 4)):
                 accumulators = 4 * mt * nr * ni * ng
                 fragments = taps_h * mt * 4 * (2 if mode == "fp32" else 1)
-                if accumulators + fragments > _REGISTERS or accumulators > 80:
+                if accumulators + fragments > _DATA_REGISTERS + registers:
                     continue
                 if nr % step and nr < shape.height:
                     continue
@@ -240,7 +241,7 @@ def _data_plans(shape, mode):
                     blocks = c_tiles * row_tiles * _ceil(_BATCH, images)
                     resident = 2 if shared <= 110 * 1024 else 1
                     clocks = WARPS * (_MMA * mma + _LOAD * words) + _FETCH * fetch
-                    clocks += 1500 + 300 * wk + 700 * stages
+                    clocks += 1500 + 300 * wk + 1000 * stages
                     # whole waves of blocks
                     waves = blocks / _PROCESSORS
                     if waves < resident:
@@ -256,7 +257,7 @@ def _data_plans(shape, mode):
 
 
 def _weight_tile_words(shape, mode, flat, columns, rows, images):
-    """(words of an output channel of dz, words of an input channel of x, window)."""
+    """Words of an output channel of dz, an input channel of x, a window, a row of x."""
     per_word = 2 if mode == "bf16" else 1
     x_per_word = 1 if flat else per_word
     lane = 2 * per_word
@@ -279,10 +280,11 @@ def _weight_tile_words(shape, mode, flat, columns, rows, images):
         plane(_up(quads * columns // per_word, 4), rows, per_word),
         plane(pitch, height, x_per_word),
         window,
+        pitch,
     )
 
 
-def _weight_plans(shape, mode):
+def _weight_plans(shape, mode, registers=0):
     """All ways to cut the work on dweight, each with its cost in clocks."""
     taps_h, taps_w = shape.taps
     taps = taps_h * taps_w
@@ -322,17 +324,21 @@ def _weight_plans(shape, mode):
             accumulators = 4 * mt * nt * warp_taps
             for rows in row_choices:
                 for images in {per_step, 2 * per_step, 4 * per_step}:
-                    dz, x, window = _weight_tile_words(
+                    dz, x, window, pitch = _weight_tile_words(
                         shape, mode, flat, columns, rows, images
                     )
                     held = (2 * nt if flat else rt * nt * window) + 4 * mt
                     if mode == "fp32":
                         held += 4 * mt + 4 * nt
-                    if accumulators + held > _REGISTERS + 8:
+                    if accumulators + held > _WEIGHT_REGISTERS + registers:
                         continue
                     k_tile = 16 * mt * vk
-                    out = vk * 8 * (8 * nt * vc if flat else channels * taps)
-                    shared = 4 * max(k_tile * dz + channels * x, out)
+                    out_row = 8 * nt * vc if flat else channels * taps
+                    words = k_tile * dz + channels * x
+                    if not flat:
+                        words += max(0, vr * rt - taps_h) * pitch
+                    parts = 1 if vp * k_tile * out_row <= words else 2 * mt
+                    shared = 4 * max(words, vp * k_tile // parts * out_row)
                     if shared > _SHARED_LIMIT:
                         continue
                     quads = padded[columns] // columns
@@ -358,11 +364,13 @@ def _weight_plans(shape, mode):
                             k_tile * rows * width + channels * x_rows * shape.width
                         )
                         clocks = WARPS * (_MMA * mma + _LOAD * words + 0.5 * extra)
-                        clocks = clocks + _FETCH * fetch + 700
+                        # a unit, a row of it and a stage take this long to begin
+                        clocks += WARPS * (40 * units // vp + 10 * row_steps)
+                        clocks += _FETCH * fetch + 1000
                         tiles = k_tiles * c_tiles
                         per_block = _ceil(stages * tiles, 2 * _PROCESSORS)
                         resident = 1.0 if shared <= 110 * 1024 else 1.3
-                        finish = mt * 2 * (vp * 40 + out / 16) + 1500
+                        finish = parts * 200 + k_tile * out_row * (20 + 2 * vp) / THREADS + 1500
                         total = 2 * (per_block * clocks + finish) * resident
                         if stages * tiles < 2 * _PROCESSORS:
                             total *= max(0.5, stages * tiles / (2 * _PROCESSORS))
@@ -371,14 +379,16 @@ def _weight_plans(shape, mode):
                             "DW_NT": nt, "DW_RT": rt, "DW_VK": vk, "DW_VC": vc,
                             "DW_VR": vr, "DW_VP": vp, "DW_TI": images, "DW_TP": rows,
                             "DW_SEGMENT": segment,
-                        }, shared, tiles, images  # fmt: skip
+                        }, shared, tiles, images, _ceil(height, rows)  # fmt: skip
 
 
-def _best(plans, shape, what):
-    found = min(plans, key=lambda plan: plan[0], default=None)
-    if found is None:
-        raise ValueError(f"no tile of the {what} gradient fits {shape}")
-    return found
+def _best(plans, shape, mode):
+    """(blocks a multiprocessor, the cheapest plan)."""
+    for blocks, more in ((2, 0), (1, _REGISTERS_ALONE)):
+        found = min(plans(shape, mode, more), key=lambda plan: plan[0], default=None)
+        if found is not None:
+            return blocks, found
+    raise ValueError(f"no tile of the gradients of {shape} fits a multiprocessor")
 
 
 @functools.lru_cache(maxsize=None)
@@ -404,18 +414,22 @@ def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
         "POOL_H": shape.pool[0], "POOL_W": shape.pool[1], "RELU": int(shape.relu),
         "NEED_DX": int(need_dx),
     }  # fmt: skip
-    _, chosen, shared, weight_tiles, weight_images = _best(
-        _weight_plans(shape, mode), shape, "weight"
-    )
+    blocks, found = _best(_weight_plans, shape, mode)
+    _, chosen, shared, weight_tiles, weight_images, weight_rows = found
     macros.update(chosen)
     data_tiles = data_images = 0
     if need_dx:
-        _, chosen, data_shared, data_tiles, data_images = _best(
-            _data_plans(shape, mode), shape, "data"
-        )
+        data_blocks, found = _best(_data_plans, shape, mode)
+        _, chosen, data_shared, data_tiles, data_images = found
         macros.update(chosen)
-        shared = max(shared, data_shared)
-    macros.update(SHARED=shared, MIN_BLOCKS=2)
+        shared, blocks = max(shared, data_shared), min(blocks, data_blocks)
+    macros.update(SHARED=shared, MIN_BLOCKS=blocks)
     return Plan(
-        tuple(macros.items()), shared, weight_tiles, weight_images, data_tiles, data_images
+        tuple(macros.items()),
+        shared,
+        weight_tiles,
+        weight_images,
+        weight_rows,
+        data_tiles,
+        data_images,
     )
