@@ -8,17 +8,16 @@
 // The plain version, which the tiled ones below must equal:
 //   for m < M: for n < N: { sum = 0; for k < K: sum += A[m,k] * B[k,n]; C[m,n] = sum; }
 //
-// Layout. A matrix lies in memory as rows of contiguous elements, `pitch` apart. Which
-// index runs along the rows is part of the kernel's name, one letter for A and one for
-// B: n as written above (rows of A hold k, rows of B hold n), t transposed (rows of A
-// hold m, rows of B hold k).
+// Layout. A matrix lies in memory as rows of contiguous elements, `pitch` apart. As
+// written above, rows of A hold k and rows of B hold n; transposed, rows of A hold m and
+// rows of B hold k.
 // The contiguous index j may run over a stack of images instead: element j of a row is
 //   row * pitch + (j / segment) * stack + j % segment
 // so that (N, K, P*Q) with segment = P*Q, pitch = P*Q, stack = K*P*Q is the matrix of K
 // rows and N*P*Q columns, without moving anything. All three matrices share `segment`;
 // one that is not stacked has stack == segment, which makes j plain.
 //
-// Tiling. A block computes a tile of C in registers, a warp 32 x 64 of it, while strips
+// Tiling. A block computes a tile of C in registers, a warp a part of it, while strips
 // of A and B pass through shared memory: the next strip is on its way to registers
 // while the current one is multiplied. Strips are stored k-major, [k][m] and [k][n],
 // in words of 32 bits: a float, a tf32 number, or two bf16 numbers of consecutive k.
@@ -34,23 +33,34 @@
 
 enum Precision { FP32, TF32, BF16 };
 
-// Tile of a block: WARPS_M x WARPS_N warps of 32 x 64 elements, SLICES of them deep.
-template <int WARPS_M_, int WARPS_N_, int SLICES_, int WORDS_>
+// Bits of `flags`.
+constexpr int ACCUMULATE = 1, BIAS_ON_ROWS = 2, A_TRANSPOSED = 4, B_TRANSPOSED = 8;
+
+// Tile of a block: WARPS_M x WARPS_N warps of 32 x WARP_N elements, SLICES of them deep.
+// Strips are WORDS words of k deep. Deep strips hide the latency of memory where a block
+// is alone on its SM; what is on its way takes registers, of which 128 a thread let two
+// blocks share an SM.
+template <int WARPS_M_, int WARPS_N_, int WARP_N_, int SLICES_, int WORDS_>
 struct Tile {
-  static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, SLICES = SLICES_;
+  static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WARP_N = WARP_N_;
+  static constexpr int SLICES = SLICES_, WORDS = WORDS_;
   static constexpr int THREADS = WARPS_M * WARPS_N * SLICES * WARP;
-  static constexpr int M = WARPS_M * 32, N = WARPS_N * 64;
-  static constexpr int WORDS = WORDS_;  // depth of a strip
+  static constexpr int M = WARPS_M * 32, N = WARPS_N * WARP_N;
 };
 
-typedef Tile<2, 1, 4, 32> Tile64;   // 64 x 64
-typedef Tile<4, 2, 1, 16> Tile128;  // 128 x 128
+template <Precision PRECISION>
+struct Tile64 : Tile<2, 2, 32, 2, 32> {};  // 64 x 64
+template <>
+struct Tile64<FP32> : Tile<2, 1, 64, 4, 32> {};
+template <Precision PRECISION>
+struct Tile128 : Tile<4, 2, 64, 1, PRECISION == BF16 ? 8 : 16> {};  // 128 x 128
 
-// Shared memory keeps element e of word row w at w * (E + 8) + (e ^ swizzle(w)). The 8
-// words of padding let the lanes of a warp read a fragment (4 rows, 8 elements) without
-// bank conflicts, the swizzle lets them write one (8 elements of 4 times 4 rows).
+// Shared memory keeps element e of word row w at w * (E + 8) + (e ^ swizzle(w)). So
+// neither reading fragments (4 rows x 8 elements, or 4 elements at once) nor writing
+// (8 rows x 4 elements, or elements of one row) makes two lanes of a warp wait for one
+// bank.
 constexpr int PADDING = 8;
-DEVICE int swizzle(int word_row) { return (word_row / 4 % 4) * 8; }
+DEVICE int swizzle(int word_row) { return word_row / 4 % 2 * 4; }
 
 // ------------------------------------------------------------------ global memory
 
@@ -75,130 +85,79 @@ struct Matrix {
   const float* data;
   int pitch, stack;
   int rows, columns;
-  bool vectors;  // 4 elements from a multiple of 4 on are 16 aligned bytes
 };
-
-DEVICE bool has_vectors(const float* data, int pitch, int stack, int segment) {
-  return aligned16(data) && pitch % 4 == 0 &&
-         (stack == segment || (stack % 4 == 0 && segment % 4 == 0));
-}
-
-// Elements j .. j + 3 of a row, zeros after the first `count` of them.
-DEVICE void load4(float* v, const Matrix& m, const Segment& segment, int row, int j,
-                  int count) {
-  const uint32 first = (uint32)row * m.pitch;
-  if (m.vectors && count >= 4) {
-    const float4 four = *(const float4*)(m.data + (first + segment.offset(j, m.stack)));
-    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      v[i] = i < count ? m.data[first + segment.offset(j + i, m.stack)] : 0.0f;
-  }
-}
-
-// One thread's share of a strip of E elements (m or n) by T::WORDS words of k: loaded
-// from global memory to registers, later stored to shared memory.
-template <Precision PRECISION, class T, int E, bool TRANSPOSED>
-struct Strip;
 
 template <Precision PRECISION>
 constexpr int k_per_word = PRECISION == BF16 ? 2 : 1;
 
 template <Precision PRECISION>
-DEVICE uint32 make_word(float low, float high) {
+DEVICE uint32 make_word(const float* of_k) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (PRECISION == TF32) return tf32_word(low);
-  if constexpr (PRECISION == BF16) return bf16_word(low, high);
+  if constexpr (PRECISION == TF32) return tf32_word(of_k[0]);
+  if constexpr (PRECISION == BF16) return bf16_word(of_k[0], of_k[1]);
 #endif
-  return __float_as_uint(low);
+  return __float_as_uint(of_k[0]);
 }
 
-// Rows hold e: a thread loads 4 neighbouring e of one word row and stores 4 words.
+// One thread's share of a strip of E elements (m or n) by T::WORDS words of k: loaded
+// from global memory to registers, later stored to shared memory. Single elements, so
+// that any pitch will do; the lanes of a warp read neighbours: of one word row, or of 8
+// word rows times 4 elements where rows of the matrix hold k. Either way a thread's
+// passes go down the rows of the matrix.
 template <Precision PRECISION, class T, int E>
-struct Strip<PRECISION, T, E, false> {
+struct Strip {
   static constexpr int K_PER_WORD = k_per_word<PRECISION>;
-  static constexpr int ROWS_A_PASS = T::THREADS / (E / 4);
-  static constexpr int PASSES = T::WORDS / ROWS_A_PASS;
+  static constexpr int PASSES = T::WORDS * E / T::THREADS;
+  static constexpr int WARPS_DEEP = T::WORDS / 8;  // if rows hold k
+  static constexpr int E_A_PASS = T::THREADS / WARP / WARPS_DEEP * 4;
+  static constexpr int WORDS_A_PASS = T::THREADS / E;  // if they do not
 
-  int e, word_row;
-  float loaded[PASSES][K_PER_WORD][4];
+  bool rows_hold_k;
+  int e, word_row;  // of the first pass
+  float loaded[PASSES][K_PER_WORD];
 
-  METHOD Strip() {
-    e = threadIdx.x % (E / 4) * 4;
-    word_row = threadIdx.x / (E / 4);
-  }
-
-  METHOD void load(const Matrix& matrix, const Segment& segment, int e_first,
-                   int k_first) {
-    const int j = e_first + e, count = matrix.columns - j;
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-#pragma unroll
-      for (int i = 0; i < K_PER_WORD; ++i) {
-        const int k = k_first + (word_row + pass * ROWS_A_PASS) * K_PER_WORD + i;
-        load4(loaded[pass][i], matrix, segment, k, j, k < matrix.rows ? count : 0);
-      }
-    }
-  }
-
-  METHOD void store(uint32* strip) const {
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-      const int row = word_row + pass * ROWS_A_PASS;
-      const float* low = loaded[pass][0];
-      const float* high = loaded[pass][K_PER_WORD - 1];
-      *(uint4*)(strip + row * (E + PADDING) + (e ^ swizzle(row))) = make_uint4(
-          make_word<PRECISION>(low[0], high[0]), make_word<PRECISION>(low[1], high[1]),
-          make_word<PRECISION>(low[2], high[2]), make_word<PRECISION>(low[3], high[3]));
-    }
-  }
-};
-
-// Rows hold k: a thread loads 4 neighbouring k of one e and stores 4 or 2 words of
-// different word rows. The lanes of a warp are 8 e times 4 groups of k.
-template <Precision PRECISION, class T, int E>
-struct Strip<PRECISION, T, E, true> {
-  static constexpr int K_PER_WORD = k_per_word<PRECISION>;
-  static constexpr int WARPS_DEEP = T::WORDS * K_PER_WORD / 16;
-  static constexpr int E_A_PASS = T::THREADS / WARP / WARPS_DEEP * 8;
-  static constexpr int PASSES = E / E_A_PASS;
-
-  int e, k_group;
-  float loaded[PASSES][4];
-
-  METHOD Strip() {
+  METHOD Strip(bool rows_hold_k_) : rows_hold_k(rows_hold_k_) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    e = warp / WARPS_DEEP * 8 + lane % 8;
-    k_group = warp % WARPS_DEEP * 4 + lane / 8;
+    e = rows_hold_k ? warp / WARPS_DEEP * 4 + lane / 8 : threadIdx.x % E;
+    word_row = rows_hold_k ? warp % WARPS_DEEP * 8 + lane % 8 : threadIdx.x / E;
   }
 
   METHOD void load(const Matrix& matrix, const Segment& segment, int e_first,
                    int k_first) {
-    const int j = k_first + k_group * 4, count = matrix.columns - j;
+    const int step = rows_hold_k ? E_A_PASS : WORDS_A_PASS * K_PER_WORD;
+    const int64 stride = (int64)step * matrix.pitch;
 #pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-      const int row = e_first + e + pass * E_A_PASS;
-      load4(loaded[pass], matrix, segment, row, j, row < matrix.rows ? count : 0);
+    for (int i = 0; i < K_PER_WORD; ++i) {
+      const int k = k_first + word_row * K_PER_WORD + i;
+      const int j = rows_hold_k ? k : e_first + e;
+      int row = rows_hold_k ? e_first + e : k;
+      const float* source = matrix.data + segment.offset(j, matrix.stack) +
+                            (int64)row * matrix.pitch;
+      const int exist = j < matrix.columns ? matrix.rows : 0;
+#pragma unroll
+      for (int pass = 0; pass < PASSES; ++pass) {
+        loaded[pass][i] = row < exist ? *source : 0.0f;
+        source += stride;
+        row += step;
+      }
     }
   }
 
   METHOD void store(uint32* strip) const {
+    // down the rows of k the swizzle alternates, along e it stays
+    uint32* even = strip + word_row * (E + PADDING) + (e ^ swizzle(word_row));
+    uint32* odd = rows_hold_k ? even : strip + word_row * (E + PADDING) + (e ^ 4);
+    const int step = rows_hold_k ? E_A_PASS : WORDS_A_PASS * (E + PADDING);
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
-#pragma unroll
-      for (int i = 0; i < 4 / K_PER_WORD; ++i) {
-        const int row = k_group * (4 / K_PER_WORD) + i;
-        const float* pair = loaded[pass] + i * K_PER_WORD;
-        strip[row * (E + PADDING) + ((e + pass * E_A_PASS) ^ swizzle(row))] =
-            make_word<PRECISION>(pair[0], pair[K_PER_WORD - 1]);
-      }
+      uint32* target = pass * WORDS_A_PASS / 4 % 2 ? odd : even;
+      target[pass * step] = make_word<PRECISION>(loaded[pass]);
     }
   }
 };
 
 // ------------------------------------------------------------------ multiplication
-// A warp's 32 x 64 elements as 64 accumulators a lane: ROWS x COLUMNS pieces of PIECE
+// A warp's 32 x WARP_N elements as WARP_N sums a lane: ROWS x COLUMNS pieces of PIECE
 // neighbours along n. row() and column() are places in the tile of the block.
 
 struct WarpPlace {
@@ -207,13 +166,14 @@ struct WarpPlace {
   DEVICE WarpPlace of() {
     const int warp = threadIdx.x / WARP;
     return {warp / (T::WARPS_M * T::WARPS_N), warp % T::WARPS_M * 32,
-            warp / T::WARPS_M % T::WARPS_N * 64, (int)threadIdx.x % WARP};
+            warp / T::WARPS_M % T::WARPS_N * T::WARP_N, (int)threadIdx.x % WARP};
   }
 };
 
 // Ordinary arithmetic: lanes are 4 x 8, each with two groups of 4 rows and of 4 columns.
 template <class T>
 struct FmaFragment {
+  static_assert(T::WARP_N == 64);
   static constexpr int ROWS = 8, COLUMNS = 2, PIECE = 4;
   int slice, m, n;
 
@@ -229,7 +189,7 @@ struct FmaFragment {
 
   METHOD void multiply(float* sums, const uint32* strip_a, const uint32* strip_b) const {
     constexpr int DEPTH = T::WORDS / T::SLICES;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < DEPTH; ++i) {
       const int word_row = slice * DEPTH + i, moved = swizzle(word_row);
       const float* a = (const float*)strip_a + word_row * (T::M + PADDING);
@@ -251,10 +211,10 @@ struct FmaFragment {
 
 #if __CUDA_ARCH__ >= 800
 
-// Tensor cores: 2 x 8 products of 16 x 8; common.cuh says which lane holds what.
+// Tensor cores: products of 16 x 8, two along m; common.cuh says which lane holds what.
 template <Precision PRECISION, class T>
 struct MmaFragment {
-  static constexpr int ROWS = 4, COLUMNS = 8, PIECE = 2;
+  static constexpr int ROWS = 4, COLUMNS = T::WARP_N / 8, PIECE = 2;
   int slice, m, n, group, thread;
 
   METHOD MmaFragment() {
@@ -267,37 +227,36 @@ struct MmaFragment {
   }
   METHOD int row(int r) const { return m + r * 8 + group; }
   METHOD int column(int c) const { return n + c * 8 + thread * 2; }
-  DEVICE int index(int r, int c) { return (r / 2 * 8 + c) * 4 + r % 2 * 2; }
+  DEVICE int index(int r, int c) { return (r / 2 * COLUMNS + c) * 4 + r % 2 * 2; }
 
   METHOD void multiply(float* sums, const uint32* strip_a, const uint32* strip_b) const {
     constexpr int DEPTH = T::WORDS / T::SLICES;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < DEPTH; i += 8) {
-      const int low = slice * DEPTH + i, high = low + 4;  // word rows of k, k + 4
+      // word rows of k and k + 4; multiples of 8 and of 4, hence the constant swizzles
+      const int low = slice * DEPTH + i, high = low + 4;
       const uint32* a_low = strip_a + (low + thread) * (T::M + PADDING);
       const uint32* a_high = strip_a + (high + thread) * (T::M + PADDING);
       const uint32* b_low = strip_b + (low + thread) * (T::N + PADDING);
       const uint32* b_high = strip_b + (high + thread) * (T::N + PADDING);
-      uint32 a[2][4], b[8][2];
+      uint32 a[2][4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        a[r / 2][r % 2] = a_low[row(r) ^ swizzle(low)];
-        a[r / 2][r % 2 + 2] = a_high[row(r) ^ swizzle(high)];
+        a[r / 2][r % 2] = a_low[row(r) ^ swizzle(0)];
+        a[r / 2][r % 2 + 2] = a_high[row(r) ^ swizzle(4)];
       }
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        b[c][0] = b_low[(n + c * 8 + group) ^ swizzle(low)];
-        b[c][1] = b_high[(n + c * 8 + group) ^ swizzle(high)];
-      }
+      for (int c = 0; c < COLUMNS; ++c) {
+        const int of_b = n + c * 8 + group;
+        const uint32 b[2] = {b_low[of_b ^ swizzle(0)], b_high[of_b ^ swizzle(4)]};
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
+        for (int r = 0; r < 2; ++r) {
           if constexpr (PRECISION == TF32)
-            mma_tf32(sums + (r * 8 + c) * 4, a[r], b[c]);
+            mma_tf32(sums + index(r * 2, c), a[r], b);
           else
-            mma_bf16(sums + (r * 8 + c) * 4, a[r], b[c]);
+            mma_bf16(sums + index(r * 2, c), a[r], b);
         }
+      }
     }
   }
 };
@@ -321,7 +280,6 @@ struct ChooseFragment<FP32, T> {
 
 // ------------------------------------------------------------------ result
 
-constexpr int ACCUMULATE = 1, BIAS_ON_ROWS = 2;  // bits of `flags`
 
 // What becomes of a sum: element (m, n) of C, at `target`.
 DEVICE void finish(float* target, float sum, const float* bias, int m, int n, int flags) {
@@ -346,7 +304,7 @@ DEVICE void share(float* tile, int pitch, const Fragment& fragment, const float*
 
 // ------------------------------------------------------------------ the product
 
-template <Precision PRECISION, class T, bool A_TRANSPOSED, bool B_TRANSPOSED>
+template <Precision PRECISION, class T>
 DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
                  const float* __restrict__ b, const float* __restrict__ bias, int M,
                  int N, int K, int segment_length, uint32 segment_magic, int a_pitch,
@@ -356,7 +314,10 @@ DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
   constexpr int DEPTH = T::WORDS * k_per_word<PRECISION>;
   constexpr int STRIP_A = T::WORDS * (T::M + PADDING);
   constexpr int STRIP_B = T::WORDS * (T::N + PADDING);
-  __shared__ __align__(16) uint32 strips[2][STRIP_A + STRIP_B];
+  constexpr int ROWS = 64, PITCH = T::N + PADDING;  // of the result, in the end
+  constexpr int COPIES = T::SLICES > 1 ? 2 : 1;
+  constexpr int STRIPS = STRIP_A + STRIP_B, RESULT = COPIES * ROWS * PITCH;
+  __shared__ __align__(16) uint32 shared[2 * STRIPS > RESULT ? 2 * STRIPS : RESULT];
 
   const int tiles_m = (M + T::M - 1) / T::M;
   const int m_first = blockIdx.x % tiles_m * T::M;
@@ -370,41 +331,38 @@ DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
   c += ((int64)blockIdx.z * gridDim.y + blockIdx.y) * c_batch;
   if (bias) bias += (int64)blockIdx.y * (flags & BIAS_ON_ROWS ? M : N);
 
-  // rows of A hold k unless transposed, rows of B hold n unless transposed
-  const Matrix matrix_a = {a, a_pitch, a_stack, A_TRANSPOSED ? k_end : M,
-                           A_TRANSPOSED ? M : k_end,
-                           has_vectors(a, a_pitch, a_stack, segment_length)};
-  const Matrix matrix_b = {b, b_pitch, b_stack, B_TRANSPOSED ? N : k_end,
-                           B_TRANSPOSED ? k_end : N,
-                           has_vectors(b, b_pitch, b_stack, segment_length)};
-  Strip<PRECISION, T, T::M, !A_TRANSPOSED> strip_a;
-  Strip<PRECISION, T, T::N, B_TRANSPOSED> strip_b;
+  const bool a_rows_hold_k = !(flags & A_TRANSPOSED);
+  const bool b_rows_hold_k = flags & B_TRANSPOSED;
+  const Matrix matrix_a = {a, a_pitch, a_stack, a_rows_hold_k ? M : k_end,
+                           a_rows_hold_k ? k_end : M};
+  const Matrix matrix_b = {b, b_pitch, b_stack, b_rows_hold_k ? N : k_end,
+                           b_rows_hold_k ? k_end : N};
+  Strip<PRECISION, T, T::M> strip_a(a_rows_hold_k);
+  Strip<PRECISION, T, T::N> strip_b(b_rows_hold_k);
   const Fragment fragment;
-  float sums[64] = {};
+  float sums[T::WARP_N] = {};
 
   // Each turn loads strip k and multiplies the strip before it. One barrier a turn: who
   // stores to a buffer has passed the barrier that all reached after reading it.
-  int buffer = 0;
+  uint32 *strips = shared, *other = shared + STRIPS;
   for (int k = k_first;; k += DEPTH) {
     if (k < k_end) {
       strip_a.load(matrix_a, segment, m_first, k);
       strip_b.load(matrix_b, segment, n_first, k);
     }
     if (k > k_first)
-      fragment.multiply(sums, strips[buffer ^ 1], strips[buffer ^ 1] + STRIP_A);
+      fragment.multiply(sums, other, other + STRIP_A);
     if (k >= k_end) break;
-    strip_a.store(strips[buffer]);
-    strip_b.store(strips[buffer] + STRIP_A);
+    strip_a.store(strips);
+    strip_b.store(strips + STRIP_A);
     __syncthreads();
-    buffer ^= 1;
+    uint32* swap = strips;
+    strips = other;
+    other = swap;
   }
 
   // Through shared memory, 64 rows at a time, so that warps write whole lines.
-  constexpr int ROWS = 64, PITCH = T::N + PADDING;
-  constexpr int COPIES = T::SLICES > 1 ? 2 : 1;
-  static_assert(T::SLICES == 1 || T::SLICES == 4);
-  static_assert(COPIES * ROWS * PITCH <= 2 * (STRIP_A + STRIP_B));
-  float* shared = (float*)strips;
+  float* result = (float*)shared;
   const int column = threadIdx.x % T::N, n = n_first + column;
   c += segment.offset(n, c_stack);
 #pragma unroll 1
@@ -412,17 +370,19 @@ DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
     __syncthreads();
     if constexpr (T::SLICES == 1) {
       if (fragment.row(0) / ROWS * ROWS == m)
-        share<false>(shared - m * PITCH, PITCH, fragment, sums);
-    } else {  // (slice 0 + slice 2) + (slice 1 + slice 3)
-      float* copy = shared + fragment.slice % 2 * ROWS * PITCH;
-      if (fragment.slice / 2 == 1) share<false>(copy, PITCH, fragment, sums);
-      __syncthreads();
-      if (fragment.slice / 2 == 0) share<true>(copy, PITCH, fragment, sums);
+        share<false>(result - m * PITCH, PITCH, fragment, sums);
+    } else {  // (slice 2 + slice 0) + (slice 3 + slice 1)
+      float* copy = result + fragment.slice % 2 * ROWS * PITCH;
+      if constexpr (T::SLICES == 4) {
+        if (fragment.slice >= 2) share<false>(copy, PITCH, fragment, sums);
+        __syncthreads();
+      }
+      if (fragment.slice < 2) share<T::SLICES == 4>(copy, PITCH, fragment, sums);
     }
     __syncthreads();
     if (n >= N) continue;
     const int rows = min(ROWS, M - m_first - m);
-    const float* copy = shared + column;
+    const float* copy = result + column;
 #pragma unroll 1
     for (int row = threadIdx.x / T::N; row < rows; row += T::THREADS / T::N) {
       float sum = copy[row * PITCH];
@@ -436,35 +396,31 @@ DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
 // Launch: grid (tiles along m * tiles along n, batch, splits), 256 threads.
 // Pitches, stacks and batch strides count elements. k_a_split: a multiple of 64 that
 // covers K in gridDim.z parts. With more than one part C is the workspace of partial
-// results (splits, batch, M, N), bias is null and flags 0; gemm_finish follows.
-#define GEMM(PRECISION, NAME, TILE, LAYOUT, A_TRANSPOSED, B_TRANSPOSED)                 \
-  extern "C" __global__ __launch_bounds__(256, 2) void gemm_##NAME##_##LAYOUT##_##TILE( \
+// results (splits, batch, M, N), bias is null, flags say only what is transposed, and
+// gemm_finish follows.
+#define GEMM(PRECISION, NAME, TILE)                                                     \
+  extern "C" __global__ __launch_bounds__(256, 2) void gemm_##NAME##_##TILE(            \
       float* c, const float* a, const float* b, const float* bias, int M, int N, int K, \
       int segment, uint32 segment_magic, int a_pitch, int a_stack, int64 a_batch,       \
       int b_pitch, int b_stack, int64 b_batch, int c_pitch, int c_stack, int64 c_batch, \
       int k_a_split, int flags) {                                                       \
-    gemm<PRECISION, Tile##TILE, A_TRANSPOSED, B_TRANSPOSED>(                            \
-        c, a, b, bias, M, N, K, segment, segment_magic, a_pitch, a_stack, a_batch,      \
-        b_pitch, b_stack, b_batch, c_pitch, c_stack, c_batch, k_a_split, flags);        \
+    gemm<PRECISION, Tile##TILE<PRECISION>>(c, a, b, bias, M, N, K, segment, segment_magic,         \
+                                a_pitch, a_stack, a_batch, b_pitch, b_stack, b_batch,   \
+                                c_pitch, c_stack, c_batch, k_a_split, flags);           \
   }
 
-#define GEMM_LAYOUTS(PRECISION, NAME, TILE)      \
-  GEMM(PRECISION, NAME, TILE, nn, false, false)  \
-  GEMM(PRECISION, NAME, TILE, nt, false, true)   \
-  GEMM(PRECISION, NAME, TILE, tn, true, false)
-
-GEMM_LAYOUTS(FP32, fp32, 64)
-GEMM_LAYOUTS(FP32, fp32, 128)
+GEMM(FP32, fp32, 64)
+GEMM(FP32, fp32, 128)
 #if __CUDA_ARCH__ >= 800
-GEMM_LAYOUTS(TF32, tf32, 64)
-GEMM_LAYOUTS(TF32, tf32, 128)
-GEMM_LAYOUTS(BF16, bf16, 64)
-GEMM_LAYOUTS(BF16, bf16, 128)
+GEMM(TF32, tf32, 64)
+GEMM(TF32, tf32, 128)
+GEMM(BF16, bf16, 64)
+GEMM(BF16, bf16, 128)
 #else
-GEMM_LAYOUTS(FP32, tf32, 64)
-GEMM_LAYOUTS(FP32, tf32, 128)
-GEMM_LAYOUTS(FP32, bf16, 64)
-GEMM_LAYOUTS(FP32, bf16, 128)
+GEMM(FP32, tf32, 64)
+GEMM(FP32, tf32, 128)
+GEMM(FP32, bf16, 64)
+GEMM(FP32, bf16, 128)
 #endif
 
 // C = sum of the partial results over the splits, in a fixed order, + bias.

@@ -132,14 +132,14 @@ def sigmoid_backward(dy, y):
 
 _GEMM_BLOCK = 256
 _GEMM_STEP = 64  # splits of k are multiples of it
-_ACCUMULATE, _BIAS_ON_ROWS = 1, 2  # as in gemm.cu
+# bits of `flags`, as in gemm.cu
+_ACCUMULATE, _BIAS_ON_ROWS, _A_TRANSPOSED, _B_TRANSPOSED = 1, 2, 4, 8
 
 _gemm = {
-    (precision, layout, tile): Kernel(
-        "gemm", f"gemm_{precision}_{layout}_{tile}", "PPPPiiiiuiiqiiqiiqii"
+    (precision, tile): Kernel(
+        "gemm", f"gemm_{precision}_{tile}", "PPPPiiiiuiiqiiqiiqii"
     )
     for precision in ("fp32", "tf32", "bf16")
-    for layout in ("nn", "nt", "tn")
     for tile in (64, 128)
 }
 _gemm_finish = Kernel("gemm", "gemm_finish", "PPPiiiiiuiiqi")
@@ -154,7 +154,7 @@ def _segment_magic(length):
 
 
 @lru_cache(4096)
-def _plan(precision, layout, m, n, k, batch, sms):
+def _plan(precision, m, n, k, batch, sms):
     """Which kernel computes a product: (kernel, grid, k a split, splits)."""
     tile = 128
     tiles = ceil_div(m, tile) * ceil_div(n, tile)
@@ -167,26 +167,25 @@ def _plan(precision, layout, m, n, k, batch, sms):
         splits = max(1, min(2 * sms // (tiles * batch), k // _GEMM_STEP))
     k_a_split = max(ceil_div(k, splits * _GEMM_STEP), 1) * _GEMM_STEP
     splits = max(ceil_div(k, k_a_split), 1)
-    return _gemm[precision, layout, tile], (tiles, batch, splits), k_a_split, splits
+    return _gemm[precision, tile], (tiles, batch, splits), k_a_split, splits
 
 
-def _product(gpu, layout, c, a, b, bias, sizes, segment, of_a, of_b, of_c, flags=0):
-    """Queue C = A B + bias; gemm.cu explains the layouts.
+def _product(gpu, flags, c, a, b, bias, sizes, segment, of_a, of_b, of_c):
+    """Queue C = A B + bias; gemm.cu explains how matrices lie.
 
     Parameters
     ----------
     gpu : cycnn.gpu.device.Device
-    layout : {"nn", "nt", "tn"}
+    flags : int
     c, a, b, bias : Tensor; bias may be None
     sizes : (m, n, k, batch)
     segment : int
         Columns of an image.
     of_a, of_b, of_c : (pitch, stack, batch stride), in elements
-    flags : int
     """
     m, n, k, batch = sizes
     kernel, grid, k_a_split, splits = _plan(
-        get_precision(), layout, m, n, k, batch, gpu.sm_count
+        get_precision(), m, n, k, batch, gpu.sm_count
     )
     magic = _segment_magic(segment)
     if splits == 1:
@@ -199,7 +198,8 @@ def _product(gpu, layout, c, a, b, bias, sizes, segment, of_a, of_b, of_c, flags
     partial = empty_on_gpu((splits, elements), _FLOAT32, c.device)
     kernel(
         gpu.compute, grid, _GEMM_BLOCK, partial, a, b, None, m, n, k, segment, magic,
-        *of_a, *of_b, n, segment, m * n, k_a_split, 0,
+        *of_a, *of_b, n, segment, m * n, k_a_split,
+        flags & (_A_TRANSPOSED | _B_TRANSPOSED),
     )  # fmt: skip
     _gemm_finish(
         gpu.compute, ceil_div(elements, 32), (32, 8), c, partial, bias, batch, m, n,
@@ -295,7 +295,7 @@ def linear_forward(x, weight, bias):
     for part in _parts(n, max(inputs, outputs)):
         # y = x weight^T
         _product(
-            gpu, "nt", _part(y, part), _part(x, part), weight, bias,
+            gpu, _B_TRANSPOSED, _part(y, part), _part(x, part), weight, bias,
             (part.stop - part.start, outputs, inputs, 1), _PLAIN,
             (inputs, _PLAIN, 0), (inputs, _PLAIN, 0), (outputs, _PLAIN, 0),
         )  # fmt: skip
@@ -334,14 +334,14 @@ def linear_backward(dy, x, weight, dweight, dbias, need_dx=True, accumulate=Fals
         dy_part = _part(dy, part)
         # dweight = dy^T x
         _product(
-            gpu, "tn", dweight, dy_part, _part(x, part), None,
-            (outputs, inputs, size, 1), _PLAIN, of_outputs, of_inputs, of_inputs,
-            _ACCUMULATE if accumulate or part.start else 0,
+            gpu, _A_TRANSPOSED | (_ACCUMULATE if accumulate or part.start else 0),
+            dweight, dy_part, _part(x, part), None, (outputs, inputs, size, 1), _PLAIN,
+            of_outputs, of_inputs, of_inputs,
         )  # fmt: skip
         if need_dx:
             # dx = dy weight
             _product(
-                gpu, "nn", _part(dx, part), dy_part, weight, None,
+                gpu, 0, _part(dx, part), dy_part, weight, None,
                 (size, inputs, outputs, 1), _PLAIN, of_outputs, of_inputs, of_inputs,
             )  # fmt: skip
     return dx
@@ -427,12 +427,11 @@ def conv2d_forward(
             source = column
         # y[n] = weight column[n], a product for each group
         _product(
-            gpu, "nn", _part(y, part), weight, source, bias,
+            gpu, _BIAS_ON_ROWS, _part(y, part), weight, source, bias,
             (group_k, (part.stop - part.start) * pixels, group_rows, groups), pixels,
             (group_rows, pixels, group_k * group_rows),
             (pitch, stack, group_rows * pitch),
             (pixels, k * pixels, group_k * pixels),
-            _BIAS_ON_ROWS,
         )  # fmt: skip
     return y
 
@@ -500,16 +499,16 @@ def conv2d_backward(
             source = column
         # dweight = sum over n of dy[n] column[n]^T
         _product(
-            gpu, "nt", dweight, dy_part, source, None,
-            (group_k, group_rows, columns, groups), pixels, of_dy, of_column, of_weight,
-            _ACCUMULATE if accumulate or part.start else 0,
+            gpu, _B_TRANSPOSED | (_ACCUMULATE if accumulate or part.start else 0),
+            dweight, dy_part, source, None, (group_k, group_rows, columns, groups),
+            pixels, of_dy, of_column, of_weight,
         )  # fmt: skip
         if need_dx:
             dx_part = _part(dx, part)
             # dcolumn[n] = weight^T dy[n], over the column matrix, which has been used
             _product(
-                gpu, "tn", dx_part if pointwise else column, weight, dy_part, None,
-                (group_rows, columns, group_k, groups), pixels, of_weight, of_dy,
+                gpu, _A_TRANSPOSED, dx_part if pointwise else column, weight, dy_part,
+                None, (group_rows, columns, group_k, groups), pixels, of_weight, of_dy,
                 of_column,
             )  # fmt: skip
             if not pointwise:
