@@ -46,15 +46,29 @@ extern "C" __global__ void im2col(float* __restrict__ column,    // (C, R, S, pi
   }
 }
 
-// Output coordinate whose filter tap at `offset` reads input coordinate `at` (counted
-// from the padded edge), or -1.
-DEVICE int tap_origin(int at, int offset, int stride, int outputs) {
-  const int from = at - offset;
-  if (from < 0) return -1;
-  // the division is slow and most strides are 1
-  const int p = stride == 1 ? from : from / stride;
-  return p * stride == from && p < outputs ? p : -1;
-}
+// Walks over the output coordinates whose filter taps 0, 1, 2 ... read one input
+// coordinate `at`, counted from the padded edge: tap r is read by p where
+// p * stride + r * dilation == at. Kept as quotient and rest of (at - r * dilation) by
+// stride, so that a step needs no division.
+struct Taps {
+  int quotient, rest;
+  int stride, outputs;
+  int down_quotient, down_rest;
+
+  METHOD Taps(int at, int stride_, int dilation, int outputs_)
+      : stride(stride_), outputs(outputs_) {
+    quotient = at / stride;
+    rest = at - quotient * stride;
+    down_quotient = dilation / stride;
+    down_rest = dilation - down_quotient * stride;
+  }
+  METHOD bool hits() const { return rest == 0 && (uint32)quotient < (uint32)outputs; }
+  METHOD void next() {
+    quotient -= down_quotient;
+    rest -= down_rest;
+    if (rest < 0) rest += stride, --quotient;
+  }
+};
 
 // Grid (blocks over the C*H*W elements of one image, images or fewer). Each element
 // gathers what was made from it, in the order of r, s: no two threads add to one number.
@@ -67,16 +81,21 @@ extern "C" __global__ void col2im(float* __restrict__ dx,              // (N, C,
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= C * H * W) return;
   const int w = i % W, h = i / W % H, c = i / W / H;
+  const Taps first_row(h + pad_h, stride_h, dilation_h, P);
+  const Taps first_column(w + pad_w, stride_w, dilation_w, Q);
+#pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const float* source = dcolumn + (int64)c * R * S * pitch + (int64)n * P * Q;
     float sum = 0.0f;
-    for (int r = 0; r < R; ++r) {
-      const int p = tap_origin(h + pad_h, r * dilation_h, stride_h, P);
-      if (p < 0) continue;
-      for (int s = 0; s < S; ++s) {
-        const int q = tap_origin(w + pad_w, s * dilation_w, stride_w, Q);
-        if (q >= 0) sum += source[(int64)(r * S + s) * pitch + p * Q + q];
-      }
+    Taps row = first_row;
+#pragma unroll 1
+    for (int r = 0; r < R; ++r, row.next()) {
+      if (!row.hits()) continue;
+      const float* of_row = source + (int64)r * S * pitch + row.quotient * Q;
+      Taps column = first_column;
+#pragma unroll 4
+      for (int s = 0; s < S; ++s, column.next())
+        if (column.hits()) sum += of_row[s * pitch + column.quotient];
     }
     dx[(int64)n * C * H * W + i] = sum;
   }

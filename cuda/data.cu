@@ -30,6 +30,7 @@ extern "C" __global__ void permutation(int* order,  // (count,)
     key[i] = mix32((uint32)seed + 0x9e3779b9u * (i + 1)) ^
              mix32((uint32)(seed >> 32) + 0x7f4a7c15u * (epoch + 1u) + i);
   const uint32 mask = (1u << half_bits) - 1;
+#pragma unroll 1
   for (int64 i = grid_thread(); i < count; i += grid_threads()) {
     uint32 x = (uint32)i;
     do {
@@ -57,6 +58,7 @@ DEVICE void gather(float* __restrict__ out,        // (N, elements)
                    int N, int elements, int count, float scale, float shift) {
   const int e = blockIdx.x * blockDim.x + threadIdx.x;
   if (e >= elements) return;
+#pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const int at = index[n];
     const bool inside = 0 <= at && at < count;
@@ -84,6 +86,7 @@ extern "C" __global__ void gather_labels(int* __restrict__ out,           // (N,
                                          const int* __restrict__ labels,  // (count,)
                                          const int* __restrict__ index,   // (N,)
                                          int N, int count) {
+#pragma unroll 1
   for (int64 n = grid_thread(); n < N; n += grid_threads()) {
     const int at = index[n];
     out[n] = 0 <= at && at < count ? labels[at] : -1;
@@ -106,6 +109,7 @@ DEVICE int warp_argmax(const float* row, int F) {
   const int lane = threadIdx.x % WARP;
   int best_at = min(lane, F - 1);
   float best = row[best_at];
+#pragma unroll 1
   for (int f = lane + WARP; f < F; f += WARP) {
     const float value = row[f];
     if (beats(value, f, best, best_at)) best = value, best_at = f;

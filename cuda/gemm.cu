@@ -130,15 +130,14 @@ struct Strip {
     for (int i = 0; i < K_PER_WORD; ++i) {
       const int k = k_first + word_row * K_PER_WORD + i;
       const int j = rows_hold_k ? k : e_first + e;
-      int row = rows_hold_k ? e_first + e : k;
+      const int row = rows_hold_k ? e_first + e : k;
       const float* source = matrix.data + segment.offset(j, matrix.stack) +
                             (int64)row * matrix.pitch;
-      const int exist = j < matrix.columns ? matrix.rows : 0;
+      const int left = j < matrix.columns ? matrix.rows - row : 0;
 #pragma unroll
       for (int pass = 0; pass < PASSES; ++pass) {
-        loaded[pass][i] = row < exist ? *source : 0.0f;
+        loaded[pass][i] = pass * step < left ? *source : 0.0f;
         source += stride;
-        row += step;
       }
     }
   }
@@ -231,7 +230,7 @@ struct MmaFragment {
 
   METHOD void multiply(float* sums, const uint32* strip_a, const uint32* strip_b) const {
     constexpr int DEPTH = T::WORDS / T::SLICES;
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < DEPTH; i += 8) {
       // word rows of k and k + 4; multiples of 8 and of 4, hence the constant swizzles
       const int low = slice * DEPTH + i, high = low + 4;
@@ -344,21 +343,19 @@ DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
 
   // Each turn loads strip k and multiplies the strip before it. One barrier a turn: who
   // stores to a buffer has passed the barrier that all reached after reading it.
-  uint32 *strips = shared, *other = shared + STRIPS;
+  int at = 0;  // of the strips being stored; the others are being read
   for (int k = k_first;; k += DEPTH) {
     if (k < k_end) {
       strip_a.load(matrix_a, segment, m_first, k);
       strip_b.load(matrix_b, segment, n_first, k);
     }
-    if (k > k_first)
-      fragment.multiply(sums, other, other + STRIP_A);
+    const uint32* strips = shared + STRIPS - at;
+    if (k > k_first) fragment.multiply(sums, strips, strips + STRIP_A);
     if (k >= k_end) break;
-    strip_a.store(strips);
-    strip_b.store(strips + STRIP_A);
+    strip_a.store(shared + at);
+    strip_b.store(shared + at + STRIP_A);
     __syncthreads();
-    uint32* swap = strips;
-    strips = other;
-    other = swap;
+    at = STRIPS - at;
   }
 
   // Through shared memory, 64 rows at a time, so that warps write whole lines.

@@ -24,6 +24,7 @@ extern "C" __global__ void maxpool2d_forward(
   const int h0 = p * stride_h - pad_h, w0 = q * stride_w - pad_w;
   const int h_first = max(h0, 0), h_end = min(h0 + R, H);
   const int w_first = max(w0, 0), w_end = min(w0 + S, W);
+#pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const float* plane = x + ((int64)n * C + c) * H * W;
     int best_at = h_first * W + w_first;
@@ -59,6 +60,7 @@ extern "C" __global__ void maxpool2d_backward(
   const int q_first = left < S ? 0 : (left - S) / stride_w + 1;
   const int p_last = min(above / stride_h, P - 1);
   const int q_last = min(left / stride_w, Q - 1);
+#pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const int64 plane = ((int64)n * C + c) * P * Q;
     float sum = 0.0f;

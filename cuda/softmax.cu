@@ -20,11 +20,14 @@ DEVICE void log_softmax_forward(float* __restrict__ y,         // (N, F)
   if (n >= N) return;  // the whole group leaves together
   x += n * F, y += n * F;
   float largest = Max::empty();
+#pragma unroll 1
   for (int f = Group::rank(); f < F; f += Group::size()) largest = fmaxf(largest, x[f]);
   largest = Group::template reduce<Max>(largest);
   float sum = 0.0f;
+#pragma unroll 1
   for (int f = Group::rank(); f < F; f += Group::size()) sum += expf(x[f] - largest);
   const float log_sum = logf(Group::template reduce<Sum>(sum));
+#pragma unroll 1
   for (int f = Group::rank(); f < F; f += Group::size())
     y[f] = x[f] - largest - log_sum;
 }
@@ -38,8 +41,10 @@ DEVICE void log_softmax_backward(float* __restrict__ dx,         // (N, F)
   if (n >= N) return;
   dx += n * F, dy += n * F, y += n * F;
   float sum = 0.0f;
+#pragma unroll 1
   for (int f = Group::rank(); f < F; f += Group::size()) sum += dy[f];
   sum = Group::template reduce<Sum>(sum);
+#pragma unroll 1
   for (int f = Group::rank(); f < F; f += Group::size())
     dx[f] = dy[f] - expf(y[f]) * sum;
 }
@@ -71,6 +76,7 @@ extern "C" __global__ void nll_loss_forward(
     const int* __restrict__ labels,        // (N,)
     int N, int F) {
   float sum = 0.0f;
+#pragma unroll 1
   for (int n = threadIdx.x; n < N; n += blockDim.x) {
     const int label = labels[n];
     const bool inside = 0 <= label && label < F;
@@ -80,15 +86,18 @@ extern "C" __global__ void nll_loss_forward(
   if (threadIdx.x == 0) *loss = -sum / (float)N;
 }
 
-// Launch of both: any one-dimensional grid and block.
+// Launch of both: one warp a row, as many warps as rows or more.
 extern "C" __global__ void nll_loss_backward(
     float* __restrict__ dlog_probs,   // (N, F)
     const int* __restrict__ labels,   // (N,)
     int N, int F) {
+  const int64 n = WarpGroup::row();
+  if (n >= N) return;
+  const int label = labels[n];
   const float at_label = -1.0f / (float)N;
 #pragma unroll 1
-  for (int64 i = grid_thread(); i < (int64)N * F; i += grid_threads())
-    dlog_probs[i] = labels[i / F] == i % F ? at_label : 0.0f;
+  for (int f = WarpGroup::rank(); f < F; f += WARP)
+    dlog_probs[n * F + f] = f == label ? at_label : 0.0f;
 }
 
 extern "C" __global__ void cross_entropy_backward(
@@ -96,9 +105,12 @@ extern "C" __global__ void cross_entropy_backward(
     const float* __restrict__ log_probs,   // (N, F)
     const int* __restrict__ labels,        // (N,)
     int N, int F) {
+  const int64 n = WarpGroup::row();
+  if (n >= N) return;
+  const int label = labels[n];
 #pragma unroll 1
-  for (int64 i = grid_thread(); i < (int64)N * F; i += grid_threads()) {
-    const float hit = labels[i / F] == i % F ? 1.0f : 0.0f;
-    dlogits[i] = (expf(log_probs[i]) - hit) / (float)N;
+  for (int f = WarpGroup::rank(); f < F; f += WARP) {
+    const float hit = f == label ? 1.0f : 0.0f;
+    dlogits[n * F + f] = (expf(log_probs[n * F + f]) - hit) / (float)N;
   }
 }

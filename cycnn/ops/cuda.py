@@ -626,8 +626,7 @@ def nll_loss_backward(log_probs, labels):
     dlog_probs = empty_on_gpu((n, f), _FLOAT32, device)
     if n:
         _nll_loss_backward(
-            _get(device.index).compute, _strided(n * f), _BLOCK, dlog_probs, labels, n,
-            f,
+            _get(device.index).compute, _of_rows(n), _BLOCK, dlog_probs, labels, n, f
         )  # fmt: skip
     return dlog_probs
 
@@ -645,8 +644,8 @@ def cross_entropy_backward(log_probs, labels):
     dlogits = empty_on_gpu((n, f), _FLOAT32, device)
     if n:
         _cross_entropy_backward(
-            _get(device.index).compute, _strided(n * f), _BLOCK, dlogits, log_probs,
-            labels, n, f,
+            _get(device.index).compute, _of_rows(n), _BLOCK, dlogits, log_probs, labels,
+            n, f,
         )  # fmt: skip
     return dlogits
 
