@@ -5,6 +5,7 @@ The structures are those of the DLPack specification (dmlc/dlpack, version 1.1),
 which the part before version 1.0 is what "dltensor" capsules hold.
 """
 
+cimport cython
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport (
     PyCapsule_GetPointer,
@@ -87,8 +88,8 @@ def to_capsule(tensor, stream, max_version, dl_device, copy):
         tensor = _tensor.Tensor(tensor)
     _hand_over(tensor.device.index, stream)
     if max_version is not None and max_version[0] >= 1:
-        return _versioned_capsule(tensor)
-    return _legacy_capsule(tensor)
+        return _versioned_capsule(tensor, stream)
+    return _legacy_capsule(tensor, stream)
 
 
 def _given(max_version, copy):
@@ -142,14 +143,47 @@ cdef int _describe(DLTensor* target, tensor) except -1:
     return 0
 
 
+class _Export:
+    """What a capsule keeps alive: the tensor, and the stream that reads it."""
+
+    def __init__(self, tensor, stream):
+        self.tensor = tensor
+        self.stream = stream
+
+    def release(self):
+        """Let the tensor's stream wait for the reader, whose work may still be queued.
+
+        The memory is freed in the order of the tensor's own stream.
+        """
+        from .gpu import device as gpu_device
+        from .gpu.stream import Stream
+
+        index = self.tensor.device.index
+        if self.stream in (None, 1, 2):
+            reader = Stream.borrow(self.stream or 1, index, None)
+            gpu_device.get(index).compute.wait_stream(reader)
+        else:
+            # the reader may have destroyed its stream by now, so do not touch that
+            gpu_device.synchronize_context(index)
+
+
+cdef void _release(void* context) noexcept:
+    export = <object>context
+    try:
+        export.release()
+    except Exception:
+        pass  # a destructor cannot raise; a dead context has no work queued
+    Py_DECREF(export)
+
+
 cdef void _delete_legacy(DLManagedTensor* managed) noexcept with gil:
-    Py_DECREF(<object>managed.manager_ctx)
+    _release(managed.manager_ctx)
     PyMem_Free(managed.dl_tensor.shape)
     PyMem_Free(managed)
 
 
 cdef void _delete_versioned(DLManagedTensorVersioned* managed) noexcept with gil:
-    Py_DECREF(<object>managed.manager_ctx)
+    _release(managed.manager_ctx)
     PyMem_Free(managed.dl_tensor.shape)
     PyMem_Free(managed)
 
@@ -172,7 +206,7 @@ cdef void _drop_versioned(object capsule) noexcept:
         managed.deleter(managed)
 
 
-cdef _legacy_capsule(tensor):
+cdef _legacy_capsule(tensor, stream):
     cdef DLManagedTensor* managed = <DLManagedTensor*>PyMem_Malloc(sizeof(DLManagedTensor))
     if managed == NULL:
         raise MemoryError("no host memory for a DLPack tensor")
@@ -181,13 +215,14 @@ cdef _legacy_capsule(tensor):
     except BaseException:
         PyMem_Free(managed)
         raise
-    Py_INCREF(tensor)
-    managed.manager_ctx = <void*>tensor
+    export = _Export(tensor, stream)
+    Py_INCREF(export)
+    managed.manager_ctx = <void*>export
     managed.deleter = _delete_legacy
     return PyCapsule_New(managed, "dltensor", _drop_legacy)
 
 
-cdef _versioned_capsule(tensor):
+cdef _versioned_capsule(tensor, stream):
     cdef DLManagedTensorVersioned* managed = <DLManagedTensorVersioned*>PyMem_Malloc(
         sizeof(DLManagedTensorVersioned)
     )
@@ -207,13 +242,21 @@ cdef _versioned_capsule(tensor):
     return PyCapsule_New(managed, "dltensor_versioned", _drop_versioned)
 
 
+@cython.no_gc_clear
 cdef class _Producer:
     """Keeps another library's tensor alive, and tells it when we are done."""
 
     cdef DLManagedTensor* legacy
     cdef DLManagedTensorVersioned* versioned
+    # our stream, whose queued work may still read the memory
+    cdef object reader
 
     def __dealloc__(self):
+        if self.reader is not None:
+            try:
+                self.reader.synchronize()
+            except Exception:
+                pass  # a destructor cannot raise; a dead context has no work queued
         if self.legacy != NULL and self.legacy.deleter != NULL:
             self.legacy.deleter(self.legacy)
         if self.versioned != NULL and self.versioned.deleter != NULL:
@@ -252,7 +295,8 @@ cdef _from_cuda(source, int index):
     cdef DLTensor* found
     cdef int axis
     device = as_device(f"cuda:{index}")
-    stream = gpu_device.get(index).compute.address
+    producer.reader = gpu_device.get(index).compute
+    stream = producer.reader.address
     try:
         capsule = source.__dlpack__(stream=stream, max_version=(1, 0))
     except TypeError:

@@ -11,6 +11,8 @@ from cycnn.errors import CudaError
 from ._check cimport check, check_driver
 from .stream cimport Stream
 
+from .stream import contexts_were_reset
+
 _MINIMUM_CAPABILITY = (7, 5)
 
 cdef list _devices = []
@@ -184,10 +186,20 @@ def forget():
         _devices.clear()
 
 
+def synchronize_context(int index):
+    """Wait for everything queued on the device by anyone in this process."""
+    cdef cyruntime.cudaError_t status
+    check(cyruntime.cudaSetDevice(index), "cudaSetDevice")
+    with nogil:
+        status = cyruntime.cudaDeviceSynchronize()
+    check(status, "cudaDeviceSynchronize")
+
+
 def reset(int index):
     """Destroy the device's primary context, with everything in it.
 
     Other libraries in this process lose it too.
     """
     check(cyruntime.cudaSetDevice(index), "cudaSetDevice")
+    contexts_were_reset()
     check(cyruntime.cudaDeviceReset(), "cudaDeviceReset")
