@@ -27,8 +27,9 @@ def random_dataset(count, shape, dtype):
 @pytest.fixture(params=["resident", "streaming"])
 def road(request, monkeypatch):
     """Takes the road that is meant, and checks that no other was taken."""
+    methods = {"resident": "_gather", "streaming": "_stream"}
     taken = []
-    for name in ("_gather", "_stream"):
+    for name in methods.values():
         method = getattr(DataLoader, name)
 
         def note(self, epoch, name=name, method=method):
@@ -40,7 +41,7 @@ def road(request, monkeypatch):
     if request.param == "streaming":
         monkeypatch.setattr(loader, "_free_memory", lambda device: 0)
     yield request.param
-    assert set(taken) == {{"resident": "_gather", "streaming": "_stream"}[request.param]}
+    assert set(taken) == {methods[request.param]}
 
 
 @pytest.fixture
