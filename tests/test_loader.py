@@ -346,7 +346,7 @@ def loader_threads():
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 @pytest.mark.parametrize(
-    "count, batch_size", [(100, 7), (8, 4), (3, 9), (1, 1), (40, 1)]
+    "count, batch_size", [(100, 7), (8, 4), (3, 10**12), (1, 1), (40, 1)]
 )
 @pytest.mark.parametrize(
     "shuffle, drop_last", [(False, False), (True, False), (True, True)]
