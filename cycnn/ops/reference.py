@@ -507,7 +507,7 @@ def rmsprop_step(
     momentum_buffer : same shape, or None where momentum is 0
     lr : ()
     """
-    _check_step(param, grad, momentum_buffer, lr, momentum, square_avg)
+    check_step(param, grad, momentum_buffer, lr, momentum, square_avg)
     g = _f64(grad) + weight_decay * _f64(param)
     square_avg[...] = alpha * _f64(square_avg) + (1 - alpha) * g * g
     u = g / (np.sqrt(_f64(square_avg)) + eps)
@@ -529,7 +529,7 @@ def sgd_step(param, grad, momentum_buffer, lr, momentum, weight_decay, nesterov)
     momentum_buffer : same shape, or None where momentum is 0
     lr : ()
     """
-    _check_step(param, grad, momentum_buffer, lr, momentum)
+    check_step(param, grad, momentum_buffer, lr, momentum)
     g = _f64(grad) + weight_decay * _f64(param)
     if momentum:
         momentum_buffer[...] = momentum * _f64(momentum_buffer) + g
@@ -538,7 +538,7 @@ def sgd_step(param, grad, momentum_buffer, lr, momentum, weight_decay, nesterov)
     param -= lr * g
 
 
-def _check_step(param, grad, momentum_buffer, lr, momentum, square_avg=None):
+def check_step(param, grad, momentum_buffer, lr, momentum, square_avg=None):
     if momentum and momentum_buffer is None:
         raise ValueError(
             f"momentum is {momentum} and needs a momentum_buffer, got None"
