@@ -18,6 +18,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -54,6 +55,9 @@ CUDA_HEADERS = (
     "nvrtc.h",
     "crt/host_defines.h",
 )
+
+# The exit status of tools/build_kernels.py where there is no NVRTC.
+NO_NVRTC = 3
 
 COVERAGE = os.environ.get("CYCNN_COVERAGE") == "1"
 CYTHON_DIRECTIVES = {
@@ -93,6 +97,14 @@ def include_candidates():
     for home in homes:
         if home:
             yield Path(home) / "include"
+
+
+def nvrtc_folders():
+    """Folders with a library of NVRTC, the likeliest first."""
+    for include in include_candidates():
+        for name in ("lib64", "lib"):
+            if (include.parent / name / f"libnvrtc.so.{CUDA_MAJOR}").exists():
+                yield include.parent / name
 
 
 def header_version(include: Path) -> int | None:
@@ -263,28 +275,36 @@ class BuildExt(build_ext):
         return Path(self.build_lib) / "cycnn" / "kernels" / "cubin"
 
     def compile_kernels(self):
-        """Compile cuda/*.cu for every architecture that is shipped; needs no GPU."""
-        from cycnn.gpu import compile as kernels
-
         folder = self.kernel_folder()
-        problem = nvrtc_problem()
-        if problem:
-            if gpu_wanted():
-                raise SetupError(f"CYCNN_BUILD_GPU=1, but {problem}")
-            say(f"NO PRECOMPILED KERNELS: {problem}; they are compiled when first used")
+        # Isolated builds have the wheel with NVRTC on the module path, where
+        # cuda.bindings does not look for the library: it asks the loader.
+        libraries = [str(path) for path in nvrtc_folders()]
+        libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
+        status = subprocess.run(
+            [sys.executable, ROOT / "tools" / "build_kernels.py", folder],
+            env={
+                **os.environ,
+                "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+            },
+        ).returncode
+        if status == NO_NVRTC and not gpu_wanted():
+            say("NO PRECOMPILED KERNELS: no NVRTC; they are compiled when first used")
             shutil.rmtree(folder, ignore_errors=True)
             return
-        self.kernel_files = kernels.build_all(ROOT / "cuda", folder, os.cpu_count() or 1)
-        size = sum(path.stat().st_size for path in self.kernel_files)
-        say(f"compiled kernels: {len(self.kernel_files)} files, {size / 1e6:.1f} MB")
+        if status:
+            raise CompileError("the CUDA kernels were not compiled, see above")
+        self.kernel_files = sorted(map(str, folder.iterdir()))
 
     def get_outputs(self):
-        return [*super().get_outputs(), *map(str, self.kernel_files)]
+        return [*super().get_outputs(), *self.kernel_files]
 
 
 class Build(build):
-    """The build, without leftovers of an earlier one: build/ may be older than a file
-    that has since been renamed, and everything in it goes into the wheel."""
+    """The build, without leftovers of an earlier one.
+
+    build/ may hold a file that has been renamed since, and everything in it goes into
+    the wheel.
+    """
 
     def run(self):
         super().run()
@@ -296,21 +316,6 @@ class Build(build):
         for path in Path(self.build_lib).glob("cycnn/**/*"):
             if path.is_file() and os.path.realpath(path) not in outputs:
                 path.unlink()
-
-
-def nvrtc_problem() -> str | None:
-    """Why NVRTC cannot be used here, or None where it can."""
-    try:
-        from cuda.bindings import nvrtc
-
-        status, major, minor = nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError) as error:
-        return f"NVRTC cannot be loaded ({error})"
-    if int(status):
-        return f"NVRTC answers with status {int(status)}"
-    if major != CUDA_MAJOR:
-        return f"NVRTC is {major}.{minor}, not {CUDA_MAJOR}"
-    return None
 
 
 class quiet:
