@@ -9,6 +9,8 @@ import pytest
 
 import cycnn
 
+pytest_plugins = ["pytester"]
+
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = ROOT / "tests" / "gpu"
 # Set where a GPU must be there (make gpu): a GPU test that is skipped has failed.
