@@ -101,8 +101,11 @@ def _part(target):
     try:
         yield file
     finally:
-        with contextlib.suppress(FileNotFoundError):  # renamed: complete
-            if private or os.path.getsize(file.name) == 0:
+        # complete, it was renamed, and the name may by now be of another process's part
+        with contextlib.suppress(OSError, ValueError):
+            status = os.fstat(file.fileno())
+            ours = os.path.samestat(status, os.stat(file.name))
+            if ours and (private or status.st_size == 0):
                 os.unlink(file.name)
         file.close()
 
@@ -140,12 +143,12 @@ def _transfer(url, file, limit) -> None:
     with response:
         if start and not _goes_on_at(response, start):
             file.truncate(0)
-            start = file.seek(0)
             if response.status == 206:
                 raise DataError(
                     f"answered with the range "
                     f"{response.headers.get('Content-Range')!r}, not from {start} on"
                 )
+            start = 0
         length = response.headers.get("Content-Length", "")
         total = start + int(length) if length.isdecimal() else None
         have = start

@@ -11,6 +11,8 @@ from cycnn.errors import CudaError
 from ._check cimport check, check_driver
 from .stream cimport Stream
 
+from .stream import contexts_were_reset
+
 _MINIMUM_CAPABILITY = (7, 5)
 
 cdef list _devices = []
@@ -199,4 +201,5 @@ def reset(int index):
     Other libraries in this process lose it too.
     """
     check(cyruntime.cudaSetDevice(index), "cudaSetDevice")
+    contexts_were_reset()
     check(cyruntime.cudaDeviceReset(), "cudaDeviceReset")

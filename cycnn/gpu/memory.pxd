@@ -11,4 +11,5 @@ cdef class DeviceBuffer:
     cdef readonly Stream stream
     cdef readonly object _ptr
     cdef bint plain
+    cdef unsigned int epoch
     cdef cyruntime.cudaError_t _allocate(self)

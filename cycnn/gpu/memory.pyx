@@ -18,7 +18,7 @@ from cycnn.errors import OutOfMemoryError
 
 from ._check cimport check
 from .device cimport Device, get
-from .stream cimport Stream
+from .stream cimport Stream, context_epoch
 
 cdef bint _plain = os.environ.get("CYCNN_PLAIN_ALLOC", "0") not in ("", "0")
 
@@ -54,6 +54,7 @@ cdef class DeviceBuffer:
         self.nbytes = nbytes
         self.stream = get(device_index).compute
         self.plain = _plain
+        self.epoch = context_epoch()
         if nbytes == 0:
             return
         cdef cyruntime.cudaError_t status = self._allocate()
@@ -96,6 +97,8 @@ cdef class DeviceBuffer:
             return
         _live_bytes -= self.nbytes
         _live_buffers -= 1
+        if self.epoch != context_epoch():
+            return
         # A closed stream means that shutdown() ran; at interpreter exit the driver may
         # be gone. Neither status can be raised here.
         if self.plain or self.stream.handle == NULL:

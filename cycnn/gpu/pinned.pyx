@@ -15,7 +15,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from ._check cimport check
 from .device cimport Device, get
 from .memory cimport DeviceBuffer
-from .stream cimport Event, Stream
+from .stream cimport Event, Stream, context_epoch
 
 
 @cython.no_gc_clear
@@ -33,12 +33,14 @@ cdef class PinnedBuffer:
     cdef readonly size_t nbytes
     # the context that locked the pages lives as long as its device's streams
     cdef Stream stream
+    cdef unsigned int epoch
 
     def __cinit__(self, size_t nbytes, int device_index):
         self.address = NULL
 
     def __init__(self, size_t nbytes, int device_index):
         self.nbytes = nbytes
+        self.epoch = context_epoch()
         self.stream = get(device_index).compute
         check(cyruntime.cudaSetDevice(device_index), "cudaSetDevice")
         if nbytes:
@@ -53,7 +55,7 @@ cdef class PinnedBuffer:
         PyBuffer_FillInfo(view, self, self.address, self.nbytes, 0, flags)
 
     def __dealloc__(self):
-        if self.address != NULL:
+        if self.address != NULL and self.epoch == context_epoch():
             cyruntime.cudaFreeHost(self.address)
 
 

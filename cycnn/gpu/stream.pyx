@@ -7,6 +7,19 @@ from libc.stdint cimport uintptr_t
 from ._check cimport check
 
 
+cdef unsigned int _epoch = 0
+
+
+cdef unsigned int context_epoch() noexcept:
+    return _epoch
+
+
+def contexts_were_reset():
+    """Make destructors leave alone what was made before now."""
+    global _epoch
+    _epoch += 1
+
+
 cdef class Stream:
     """A queue of work on one device, independent of the default stream.
 
@@ -18,6 +31,7 @@ cdef class Stream:
 
     def __cinit__(self, int device_index):
         self.handle = NULL
+        self.epoch = _epoch
         self.device_index = device_index
         self._owner = None
 
@@ -37,7 +51,7 @@ cdef class Stream:
         """A stream of another library, which ``owner`` keeps alive."""
         cdef Stream stream = Stream.__new__(Stream, device_index)
         stream.handle = <cyruntime.cudaStream_t><uintptr_t>handle
-        stream._owner = owner if owner is not None else stream.device_index
+        stream._owner = handle if owner is None else owner
         return stream
 
     @property
@@ -82,7 +96,7 @@ cdef class Stream:
     def __dealloc__(self):
         # no exception can leave a destructor, and at interpreter exit the driver may
         # be gone already, so the status is not looked at
-        if self.handle != NULL and self._owner is None:
+        if self.handle != NULL and self._owner is None and self.epoch == _epoch:
             cyruntime.cudaStreamDestroy(self.handle)
 
 
@@ -98,6 +112,7 @@ cdef class Event:
 
     def __cinit__(self, int device_index, bint timing=False):
         self.handle = NULL
+        self.epoch = _epoch
         self.device_index = device_index
 
     def __init__(self, int device_index, bint timing=False):
@@ -140,5 +155,5 @@ cdef class Event:
         return milliseconds * 1e-3
 
     def __dealloc__(self):
-        if self.handle != NULL:
+        if self.handle != NULL and self.epoch == _epoch:
             cyruntime.cudaEventDestroy(self.handle)
