@@ -116,7 +116,7 @@ def test_without_download_no_folder_is_made(tmp_path):
         (dict(images=np.zeros((6, 4, 3), "u1")), "holds 6 images but .* 7 labels"),
         (dict(images=np.zeros((7, 12), "u1")), r"shape \(7, 12\): expected images"),
         (dict(images=np.zeros((7, 4, 3), "f4"), labels=np.zeros(7, "u1")), "uint8"),
-        (dict(images=np.zeros((7, 3, 4, 3), "u1"), labels=np.zeros(7, "u1")), "channel"),
+        (dict(images=np.zeros((7, 3, 4, 3), "u1")), "channel"),
         (
             dict(images=np.zeros((7, 4, 3), "u1"), labels=np.full(7, 10, "u1")),
             "label 0 is 10: expected a class from 0 to 9",

@@ -122,7 +122,8 @@ def _as_images(images) -> np.ndarray:
             images = np.ascontiguousarray(images, dtype=np.float32)
         _refuse_non_finite(images)
     else:
-        fits = not images.size or (images.min() >= 0 and images.max() <= 255)
+        fits = images.dtype == np.uint8 or not images.size
+        fits = fits or (images.min() >= 0 and images.max() <= 255)
         images = np.ascontiguousarray(images, dtype=np.uint8 if fits else np.float32)
     if images.ndim == 3:
         images = images[:, None]

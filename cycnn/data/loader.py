@@ -160,7 +160,9 @@ class DataLoader:
         dataset, device = self.dataset, self.device
         ops = for_device(device)
         order = self._order(epoch, CPU).array
-        ring = _open_ring(_batch_bytes(dataset, self.batch_size)[1], device)
+        largest = min(self.batch_size, len(dataset))
+        ring = _open_ring(_batch_bytes(dataset, largest)[1], device)
+        identity = tensor.Tensor(np.arange(largest, dtype=np.int32), device)
         # upload() does not ask whether the slot was filled anew, acquire() does not ask
         # whether it was uploaded: at most _SLOTS batches may be between the two
         free, ready = threading.Semaphore(_SLOTS), queue.SimpleQueue()
@@ -173,7 +175,6 @@ class DataLoader:
             daemon=True,
         )
         filler.start()
-        identity = tensor.Tensor(np.arange(self.batch_size, dtype=np.int32), device)
         try:
             for _ in range(len(self)):
                 slot, count, error = ready.get()

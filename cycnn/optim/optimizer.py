@@ -270,12 +270,17 @@ class Optimizer:
                 run, offset = self._places[id(parameter)]
                 run.part(name, offset, parameter).copy_(arrays[f"{name}.{i}"])
 
+    def __reduce__(self):
+        raise TypeError(
+            f"{type(self).__name__} updates the parameters of one model, so it cannot "
+            f"be copied or pickled: make a new one for the copied model and give it "
+            f"load_state_dict(state_dict())"
+        )
+
     def __repr__(self):
         settings = ", ".join(f"{k}={v}" for k, v in self._settings.items())
         count = sum(parameter.size for parameter in self._params)
-        return (
-            f"{type(self).__name__}(lr={self._lr}, {settings}; {count:,} parameters)"
-        )
+        return f"{type(self).__name__}(lr={self._lr}, {settings}; {count:,} parameters)"
 
 
 def checked(name, value, below=math.inf, positive=False) -> float:
