@@ -634,6 +634,33 @@ def gather_images(images, index, scale, shift):
     return _f64(images[index]) * scale + shift
 
 
+def begin_step(order, position, index, rates, lr):
+    """Take the next images of an epoch, and the next learning rate of a run.
+
+    What a recorded training step does first: it cannot be told by the host which step
+    it is, so it counts on the device.
+
+    Parameters
+    ----------
+    order : int array, (M,)
+        The images of the epoch, in order.
+    position : int array, (2,)
+        Images taken so far, and steps done so far; both are advanced in place.
+    index : int array, (N,)
+        Set to the next N entries of ``order``.
+    rates : float array, (steps,) or None
+        Learning rate of each step; None leaves ``lr`` alone.
+    lr : float array, ()
+        Set to the rate of this step.
+    """
+    first, step = (int(n) for n in position)
+    index[...] = order[first : first + len(index)]
+    position[0] += len(index)
+    position[1] += 1
+    if rates is not None:
+        lr[...] = rates[step]
+
+
 def gather_labels(labels, index):
     """labels[index]: (N,) int32 of labels (M,) and row numbers (N,)."""
     shapes.gather_output_shape(labels.shape, index.shape)
