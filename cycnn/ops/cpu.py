@@ -404,3 +404,13 @@ def gather_labels(labels, index):
     shapes.gather_output_shape(labels.shape, index.shape)
     reference.check_index_range(index, len(labels))
     return from_array(labels[index])
+
+
+def begin_step(order, position, index, rates, lr):
+    reference.begin_step(
+        order.array,
+        position.array,
+        index.array,
+        None if rates is None else rates.array,
+        None if lr is None else lr.array,
+    )
