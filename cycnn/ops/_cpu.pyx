@@ -180,7 +180,8 @@ cdef class Block:
 
     def __cinit__(self, size_t size):
         cdef int at
-        for at in range(kept_count):
+        # the newest first: more of it is still in a cache
+        for at in range(kept_count - 1, -1, -1):
             if kept[at].size == size:
                 self.block = _forget(at)
                 return
@@ -353,9 +354,11 @@ def linear(
     const float[::1] x, const float[::1] weight, const float[::1] bias, float[::1] y,
     idx n, idx inputs, idx outputs,
 ):
+    cdef const float *b = NULL
+    if bias is not None:
+        b = &bias[0]
     _gemm(
-        n, outputs, inputs, &x[0], inputs, 1, &weight[0], 1, inputs, &y[0],
-        NULL if bias is None else &bias[0], False,
+        n, outputs, inputs, &x[0], inputs, 1, &weight[0], 1, inputs, &y[0], b, False
     )
 
 
@@ -454,8 +457,10 @@ cdef class Convolution:
         cdef idx pieces = ceil_div(ceil_div(g.n * g.pixels, kernels.nr), 4)
         cdef const float[::1] seen = self.padded(x)
         cdef float[::1] packed = _floats(g.k * g.taps)
-        cdef const float *b = NULL if bias is None else &bias[0]
+        cdef const float *b = NULL
         cdef idx i, group
+        if bias is not None:
+            b = &bias[0]
         with nogil:
             for i in prange(g.groups * panels, schedule="static"):
                 group = i // panels
