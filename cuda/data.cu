@@ -63,7 +63,8 @@ DEVICE void gather(float* __restrict__ out,        // (N, elements)
     const int at = index[n];
     const bool inside = 0 <= at && at < count;
     out[(int64)n * elements + e] =
-        inside ? fmaf((float)images[(int64)at * elements + e], scale, shift)
+        // rounded twice, as on the CPU: a fused multiply-add would differ in the last bit
+        inside ? __fadd_rn(__fmul_rn((float)images[(int64)at * elements + e], scale), shift)
                : not_a_number();
   }
 }
@@ -142,4 +143,26 @@ extern "C" __global__ void count_correct(int* __restrict__ total,          // ()
   if (n >= N) return;
   const int best = warp_argmax(scores + n * F, F);
   if (WarpGroup::rank() == 0 && best == labels[n]) atomicAdd(total, 1);
+}
+
+// ------------------------------------------------------------------ step
+// The beginning of a recorded training step, which counts for itself what no host tells
+// it: index = the next entries of the order, lr = the next of the rates.
+// Launch: one block.
+
+extern "C" __global__ void begin_step(int* index,          // (N,)
+                                      const int* order,    // (count,)
+                                      int* position,       // images taken, steps done
+                                      const float* rates,  // (steps,) or null
+                                      float* lr,           // ()
+                                      int N, int count, int steps) {
+  const int taken = position[0], step = position[1];
+  for (int n = threadIdx.x; n < N; n += blockDim.x)
+    index[n] = taken + n < count ? order[taken + n] : -1;
+  __syncthreads();  // every thread has read the position
+  if (threadIdx.x == 0) {
+    position[0] = taken + N;
+    position[1] = step + 1;
+    if (rates != nullptr) *lr = step < steps ? rates[step] : not_a_number();
+  }
 }

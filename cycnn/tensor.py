@@ -414,12 +414,18 @@ def synchronize(device=None) -> None:
         _gpu().synchronize(device.index)
 
 
-def shutdown() -> None:
-    """Free what cycnn holds on the GPUs: graphs, kernels, memory, streams.
+def shutdown(reset: bool = False) -> None:
+    """Free what cycnn holds on the GPUs: kernels, unused memory, streams.
 
-    For leak checkers and for processes that go on without CUDA. Tensors on a GPU must
-    not be used afterwards. A no-op where no GPU was used.
+    For processes that go on without CUDA, and for leak checkers. A no-op where no GPU
+    was used.
+
+    Parameters
+    ----------
+    reset : bool
+        Also reset the devices. Other CUDA libraries of this process lose their data,
+        and tensors on a GPU must not be used afterwards.
     """
     from . import gpu
 
-    gpu.shutdown()
+    gpu.shutdown(reset)

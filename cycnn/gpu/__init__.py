@@ -30,10 +30,32 @@ def _probe() -> str | None:
     return device.probe()
 
 
-def shutdown() -> None:
-    """Free graphs, kernels, memory and streams, if any device was used."""
+def shutdown(reset: bool = False) -> None:
+    """Unload kernels and close streams of the devices that were used.
+
+    Parameters
+    ----------
+    reset : bool
+        Also destroy each device's primary context, as a leak checker needs to count
+        what is left. Other CUDA libraries of this process lose it too.
+    """
     import sys
 
     device = sys.modules.get(__name__ + ".device")
-    if device is not None:
-        device.shutdown()
+    if device is None:
+        return
+    used = [found.index for found in device.used()]
+    launch = sys.modules.get(__name__ + ".launch")
+    for index in used:
+        device.get(index).synchronize()
+    if launch is not None:
+        launch.unload_all()
+    if used:
+        from . import memory
+
+        for index in used:
+            memory.release_unused(index)
+    device.forget()
+    if reset:
+        for index in used:
+            device.reset(index)

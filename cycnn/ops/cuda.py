@@ -770,3 +770,15 @@ def gather_labels(labels, index):
             labels.shape[0],
         )  # fmt: skip
     return out
+
+
+_begin_step = Kernel("data", "begin_step", "PPPPPiii")
+
+
+def begin_step(order, position, index, rates, lr):
+    for name, array in (("order", order), ("position", position), ("index", index)):
+        _int32(name, array)
+    _begin_step(
+        _get(order.device.index).compute, 1, _BLOCK, index, order, position, rates, lr,
+        index.size, order.size, 0 if rates is None else rates.size,
+    )  # fmt: skip
