@@ -470,7 +470,7 @@ def cross_entropy_backward(log_probs, labels):
 
 
 def argmax(x):
-    """Index of the first maximum of each row, int32; NaN counts as larger than numbers."""
+    """Index of the first maximum of each row, int32; NaN counts as the maximum."""
     shapes.check_scores("x", x.shape)
     return np.argmax(x, axis=1).astype(np.int32)
 
