@@ -183,6 +183,11 @@ class Optimizer:
             self._ops.fill(self._lr_on_device, value)
             self._lr = value
 
+    @property
+    def lr_tensor(self):
+        """The learning rate on the device: float32, shape (). Steps read it there."""
+        return self._lr_on_device
+
     def step(self) -> None:
         """Update all parameters by their gradients."""
         # first, since it may replace what the loop uses

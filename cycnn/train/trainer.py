@@ -7,7 +7,6 @@ is never idle.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import signal
 import threading
@@ -24,6 +23,7 @@ from ..tensor import Tensor, zeros
 from . import checkpoint
 from .history import EpochRecord, History
 from .progress import ProgressBar
+from .steps import CapturedSteps, EagerSteps
 
 _log = logging.getLogger("cycnn")
 
@@ -32,30 +32,44 @@ _log = logging.getLogger("cycnn")
 _PREDICT_BATCH = 1000
 
 
-class _Tally:
+class Tally:
     """Loss and hits of many batches, added up on the device.
 
     A batch's loss is a mean, and every batch but the last has the same size. So the
     losses of full batches are summed as they are, the last one is kept apart, and the
     host weighs both when it reads them: one tiny addition a batch.
+
+    What is added on the device (:meth:`add`) and what the host counts (:meth:`count`)
+    are apart, since a replayed step does the first without Python.
     """
 
     def __init__(self, device, batch_size):
         self._ops = for_device(device)
         self._batch_size = batch_size
         self._loss_sum = zeros((), device=device)
+        self._rest = zeros((), device=device)
         self._hits = zeros((), "int32", device)
-        self._full = 0
-        self._rest = None
-        self._rest_count = 0
+        self._full = self._rest_count = 0
+
+    def clear(self):
+        """Begin an epoch."""
+        for tensor in (self._loss_sum, self._rest, self._hits):
+            self._ops.fill(tensor, 0)
+        self._full = self._rest_count = 0
 
     def add(self, loss, scores, labels):
-        if len(labels) == self._batch_size:
-            self._ops.add(self._loss_sum, loss, self._loss_sum)
+        """Add a batch on the device."""
+        full = len(labels) == self._batch_size
+        total = self._loss_sum if full else self._rest
+        self._ops.add(total, loss, total)
+        self._ops.count_correct(scores, labels, self._hits)
+
+    def count(self, images):
+        """Note that a batch of so many images was added."""
+        if images == self._batch_size:
             self._full += 1
         else:
-            self._rest, self._rest_count = loss, len(labels)
-        self._ops.count_correct(scores, labels, self._hits)
+            self._rest_count = images
 
     def read(self):
         """Mean loss and share of hits so far. Waits for the device."""
@@ -73,15 +87,15 @@ class _Tally:
             "loss_sum": float(self._loss_sum),
             "hits": int(self._hits),
             "full": self._full,
-            "rest": float(self._rest) if self._rest_count else None,
+            "rest": float(self._rest),
             "rest_count": self._rest_count,
         }
 
     def restore(self, state: dict) -> None:
         self._loss_sum.copy_(np.float32(state["loss_sum"]))
         self._hits.copy_(np.int32(state["hits"]))
-        self._full = state["full"]
-        self._rest, self._rest_count = state["rest"], state["rest_count"]
+        self._rest.copy_(np.float32(state["rest"]))
+        self._full, self._rest_count = state["full"], state["rest_count"]
 
 
 class _InterruptGuard:
@@ -140,6 +154,11 @@ class Trainer:
         ``schedule(step, total_steps)`` gives the multiplier of the base learning rate
         at each step, both counted over the whole run. See ``optim.schedules``. None
         leaves the optimizer's learning rate alone.
+    capture : bool, optional
+        Record each training step as a CUDA graph and replay it, which gives the same
+        numbers in a fraction of the time. Default: on a GPU, where the training set
+        fits into its memory. Layers of one's own must then do the same operations in
+        every step, and not read results on the host.
 
     Attributes
     ----------
@@ -163,11 +182,12 @@ class Trainer:
     It may call ``trainer.stop()``, ``trainer.save(path)`` and ``trainer.running()``.
     """
 
-    def __init__(self, model, loss, optimizer, schedule=None):
+    def __init__(self, model, loss, optimizer, schedule=None, capture=None):
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
+        self.capture = capture
         self.base_lr = optimizer.lr
         self.history = History()
         self.epoch = self.step = 0
@@ -175,8 +195,8 @@ class Trainer:
         self.seed = None
         # What the order of batches depends on, kept while an epoch is under way.
         self._order = None
-        # Loss and hits of the epoch under way, and the same out of a saved or
-        # interrupted epoch, as numbers.
+        # Loss and hits of the epoch under way; and the same of an epoch that was saved
+        # or interrupted, as numbers, until it goes on.
         self._tally = None
         self._partial = None
         self._seconds = 0.0
@@ -248,9 +268,9 @@ class Trainer:
             seed = self.seed if self.seed is not None else random.draw_seed()
         self._check_order(seed, bool(shuffle), batch_size, len(train))
         self.seed = seed
-        if self._tally is not None:
+        if self.step:
             # an interrupted epoch; the model may have moved to another device since
-            self._partial, self._tally = self._tally.state(), None
+            self._partial = self._tally_state()
 
         device = self.model.device
         loader = DataLoader(
@@ -260,6 +280,8 @@ class Trainer:
         if test is not None:
             test_loader = DataLoader(test, _PREDICT_BATCH, device=device)
         self.epochs, self.steps_per_epoch = epochs, len(loader)
+        self._tally = Tally(device, batch_size)
+        steps = self._steps(loader)
         self._stopped = False
         if self.epoch >= epochs:
             _log.warning(
@@ -272,7 +294,7 @@ class Trainer:
         try:
             with _InterruptGuard() as guard:
                 while self.epoch < epochs and not self._stopped:
-                    self._run_epoch(loader, batch_size, callbacks, guard)
+                    self._run_epoch(steps, callbacks, guard)
                     self._finish_epoch(len(train), test_loader, callbacks)
         finally:
             self._pause_clock()
@@ -289,7 +311,7 @@ class Trainer:
         On a GPU this waits for the steps that are under way. In a callback at the end
         of a step; there is no such epoch outside of :meth:`fit`.
         """
-        if self._tally is None:
+        if not self.step:
             raise RuntimeError("no epoch is under way")
         loss, accuracy = self._tally.read()
         images = min(self.step * self._order["batch_size"], self._order["images"])
@@ -315,33 +337,41 @@ class Trainer:
                     )
         self._order = order
 
-    def _run_epoch(self, loader, batch_size, callbacks, guard):
-        model, loss, optimizer = self.model, self.loss, self.optimizer
-        tally = _Tally(model.device, batch_size)
+    def _steps(self, loader):
+        capture = self.capture
+        if capture is None:
+            capture = loader.device.is_cuda
+        if capture and loader.resident() is not None:
+            return CapturedSteps(self, loader)
+        return EagerSteps(self, loader)
+
+    def _tally_state(self):
+        """Loss and hits of an epoch that is under way, as numbers."""
+        if self._partial is not None:
+            return self._partial
+        return self._tally.state() if self.step else None
+
+    def _run_epoch(self, steps, callbacks, guard):
+        tally = self._tally
+        tally.clear()
         if self._partial is not None:
             tally.restore(self._partial)
             self._partial = None
-        self._tally = tally
-        schedule, total = self.schedule, self.epochs * self.steps_per_epoch
-        offset = self.epoch * self.steps_per_epoch
         watchers = [c for c in callbacks if hasattr(c, "on_step_end")]
-        model.train()
+        self.model.train()
         self._started = time.perf_counter()
-        loader.set_epoch(self.epoch)
-        # steps done before an interrupt are passed over: their batches cost little
-        for images, labels in itertools.islice(loader, self.step, None):
-            guard.in_step = True
-            if schedule is not None:
-                optimizer.lr = self.base_lr * schedule(offset + self.step, total)
-            scores = model(images)
-            value = loss(scores, labels)
-            model.backward(loss.backward(), input_grad=False)
-            optimizer.step()
-            tally.add(value, scores, labels)
-            self.step += 1
-            guard.leave_step()
-            for watcher in watchers:
-                watcher.on_step_end(self)
+        total = self.epochs * self.steps_per_epoch
+        steps.begin_epoch(tally, self.epoch, self.step, total)
+        try:
+            while self.step < self.steps_per_epoch:
+                guard.in_step = True
+                steps.run_next()
+                self.step += 1
+                guard.leave_step()
+                for watcher in watchers:
+                    watcher.on_step_end(self)
+        finally:
+            steps.end_epoch()
 
     def _finish_epoch(self, images, test_loader, callbacks):
         loss, accuracy = self._tally.read()
@@ -363,7 +393,6 @@ class Trainer:
         self.history.append(record)
         self.epoch += 1
         self.step = 0
-        self._tally = None
         self._seconds = 0.0
         _notify(callbacks, "on_epoch_end", self, record)
 
@@ -391,9 +420,10 @@ class Trainer:
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        tally = _Tally(self.model.device, loader.batch_size)
+        tally = Tally(self.model.device, loader.batch_size)
         for scores, labels in self._scores(loader):
             tally.add(self.loss(scores, labels), scores, labels)
+            tally.count(len(labels))
         loss, accuracy = tally.read()
         return {"loss": loss, "accuracy": accuracy}
 
@@ -472,19 +502,21 @@ class Trainer:
             "base_lr": self.base_lr,
             "seconds": self._elapsed(),
             "order": self._order,
-            "tally": self._tally.state() if self._tally else self._partial,
+            "tally": self._tally_state(),
             "history": self.history.to_list(),
         }
         checkpoint.save(path, self.model, self.optimizer, self.schedule, state)
 
     @classmethod
-    def resume(cls, path, model, loss, optimizer, schedule=None) -> Trainer:
+    def resume(
+        cls, path, model, loss, optimizer, schedule=None, capture=None
+    ) -> Trainer:
         """A trainer that goes on where the saved one stood.
 
         Parameters
         ----------
         path : path of a file that :meth:`save` wrote
-        model, loss, optimizer, schedule
+        model, loss, optimizer, schedule, capture
             Made as for the saved run. Parameters and optimizer state are overwritten
             by those of the file.
 
@@ -503,7 +535,7 @@ class Trainer:
         FileNotFoundError
         """
         state = checkpoint.load(path, model, optimizer, schedule)
-        trainer = cls(model, loss, optimizer, schedule)
+        trainer = cls(model, loss, optimizer, schedule, capture)
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]
