@@ -20,7 +20,7 @@ TEST_ENV ?= .venv-test
 # The wheel is built once for demo and test, and again only when one of these changed.
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) LICENSE \
     tools/build_kernels.py \
-    $(shell find cycnn -name '*.py' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pyi') \
+    $(shell find cycnn -name '*.py' -o -name '*.pyx' -o -name '*.pyi' -o -name '*.pxd' -o -name '*.h') \
     $(wildcard cuda/*.cu cuda/*.cuh cuda/README.md)
 
 .PHONY: demo test wheel gpu gpu-check clean

@@ -155,7 +155,13 @@ def module_name(path: Path) -> str:
 
 def extensions(pattern: str, language: str) -> list[Extension]:
     return [
-        Extension(module_name(p), [str(p.relative_to(ROOT))], language=language)
+        Extension(
+            module_name(p),
+            [str(p.relative_to(ROOT))],
+            language=language,
+            # Headers of our own lie beside the .pyx, the generated file does not.
+            include_dirs=[str(p.relative_to(ROOT).parent)],
+        )
         for p in sorted(ROOT.glob(pattern))
     ]
 
@@ -179,25 +185,23 @@ class BuildExt(build_ext):
             self.compile_kernels()
 
     def build_extensions(self):
-        wanted = gpu_wanted()
         self.check_compiler()
         gpu = [e for e in self.extensions if e.name.startswith("cycnn.gpu.")]
-        include = None if wanted is False else self.cuda_include(wanted is True)
+        include = self.cuda_include()
         self.gpu = include is not None
         if not self.gpu:
             self.extensions = [e for e in self.extensions if e not in gpu]
         openmp = ["-fopenmp"] if self.compiles(["-fopenmp"], OPENMP_PROBE) else []
         if not openmp:
             say("this compiler has no OpenMP: the CPU operations will use one core")
-        unix = self.compiler.compiler_type == "unix"
         for extension in self.extensions:
-            if unix:
-                extension.extra_compile_args += ["-g0"]
-            if extension.name == "cycnn.ops._cpu":
-                extension.extra_compile_args += ["-O3"] * unix + openmp
+            loops = extension.name == "cycnn.ops._cpu"
+            # What follows the compiler's own flags wins; a person's CFLAGS shall too.
+            if self.compiler.compiler_type == "unix" and not os.environ.get("CFLAGS"):
+                extension.extra_compile_args += ["-g0", "-O3" if loops else "-O2"]
+            if loops:
+                extension.extra_compile_args += openmp
                 extension.extra_link_args += openmp
-            elif unix:
-                extension.extra_compile_args += ["-O2"]
             if COVERAGE:
                 extension.define_macros += [("CYTHON_TRACE_NOGIL", "1")]
             if self.gpu and extension in gpu:
@@ -250,8 +254,11 @@ class BuildExt(build_ext):
                 "apt-get install g++ python3-dev"
             )
 
-    def cuda_include(self, required: bool) -> Path | None:
+    def cuda_include(self) -> Path | None:
         """The CUDA headers to build with, or None for a CPU-only build."""
+        if gpu_wanted() is False:
+            say("CPU-ONLY BUILD: CYCNN_BUILD_GPU=0 asks for one")
+            return None
         include, rejected = find_cuda_headers()
         if not sys.platform.startswith("linux"):
             problem = "GPU support is built on Linux only"
@@ -264,7 +271,7 @@ class BuildExt(build_ext):
         else:
             say(f"GPU modules: with the CUDA headers in {include}")
             return include
-        if required:
+        if gpu_wanted():
             raise SetupError(f"CYCNN_BUILD_GPU=1, but {problem}")
         say(f"CPU-ONLY BUILD: {problem}")
         return None
