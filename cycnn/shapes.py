@@ -104,6 +104,7 @@ def linear_output_shape(x_shape: tuple, w_shape: tuple, bias_shape=None) -> tupl
     """
     n, inputs = _axes("x", x_shape, "NI")
     outputs, expected = _axes("weight", w_shape, "OI")
+    _at_least("the shape of weight", w_shape, 1)
     if inputs != expected:
         raise ShapeError(
             f"x has {inputs} features (shape {tuple(x_shape)}), the weight of shape "
@@ -153,7 +154,7 @@ def conv2d_output_shape(
     _at_least("stride", stride, 1)
     _at_least("padding", padding, 0)
     _at_least("dilation", dilation, 1)
-    _at_least("the filter size", (r, s), 1)
+    _at_least("the shape of weight", w_shape, 1)
     if groups < 1 or c % groups or k % groups:
         raise ShapeError(
             f"groups is {groups}: it must divide the {c} channels of x and the {k} "

@@ -112,7 +112,7 @@ class DataLoader:
         self.set_epoch((epoch + 1) % 2**32)
         if len(self) == 0:
             return iter(())
-        if self._fits():
+        if self.resident() is not None:
             return self._gather(epoch)
         return self._stream(epoch)
 
@@ -121,16 +121,20 @@ class DataLoader:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield start, min(start + self.batch_size, count)
 
-    def _order(self, epoch, device):
-        count = len(self.dataset)
+    def order(self, epoch, device=None):
+        """Indices of the epoch's images, in order: int32 Tensor on the device."""
+        count, device = len(self.dataset), device or self.device
         if self.shuffle:
             return for_device(device).permutation(count, self.seed, epoch, device)
         return tensor.Tensor(np.arange(count, dtype=np.int32), device)
 
     # gathered from tensors on the device
 
-    def _fits(self) -> bool:
-        """Whether the set is on the device; puts it there first if it may."""
+    def resident(self):
+        """The set's ``images`` and ``labels`` on the device; None if it streams.
+
+        The first call puts them there.
+        """
         if self._tensors is None:
             dataset, device = self.dataset, self.device
             if not device.is_cuda:
@@ -140,13 +144,13 @@ class DataLoader:
                 )
             else:
                 self._tensors = _resident(dataset, device)
-        return self._tensors is not None
+        return self._tensors
 
     def _gather(self, epoch):
         ops = for_device(self.device)
         images, labels = self._tensors.images, self._tensors.labels
         scale, shift = self.dataset.scale, self.dataset.shift
-        order = self._order(epoch, self.device)
+        order = self.order(epoch)
         for start, stop in self._bounds():
             index = order[start:stop]
             yield (
@@ -159,7 +163,7 @@ class DataLoader:
     def _stream(self, epoch):
         dataset, device = self.dataset, self.device
         ops = for_device(device)
-        order = self._order(epoch, CPU).array
+        order = self.order(epoch, CPU).array
         largest = min(self.batch_size, len(dataset))
         ring = _open_ring(_batch_bytes(dataset, largest)[1], device)
         identity = tensor.Tensor(np.arange(largest, dtype=np.int32), device)

@@ -2,7 +2,8 @@
 
 The build compiles every ``cuda/*.cu`` for the architectures below, so an installed
 package needs no compiler. A source that differs from what was shipped, or a GPU that
-nothing shipped runs on, is compiled by NVRTC when it is first needed and cached.
+nothing shipped runs on, is compiled by NVRTC when it is first needed and cached. So are
+the kernels of ``cuda/templates``, which are specialised for the shapes of a layer.
 
 This module uses neither NumPy nor a GPU: the build imports it too.
 """
@@ -42,17 +43,20 @@ def libraries(directory: Path | None = None) -> list[str]:
     return sorted(path.stem for path in directory.glob("*.cu"))
 
 
-def _options() -> tuple:
+def _options(extra: tuple) -> tuple:
     # line numbers for compute-sanitizer and profilers; they make cubins larger
-    extra = ("-lineinfo",) if os.environ.get("CYCNN_LINEINFO", "0") != "0" else ()
-    return OPTIONS + extra
+    lines = ("-lineinfo",) if os.environ.get("CYCNN_LINEINFO", "0") != "0" else ()
+    return OPTIONS + lines + extra
 
 
 @functools.lru_cache(maxsize=None)
 def _sources(directory: Path) -> dict:
+    folders = (directory, directory / "templates")
     return {
         path.name: path.read_text(encoding="utf-8")
-        for path in sorted(directory.iterdir())
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
         if path.suffix in (".cu", ".cuh")
     }
 
@@ -71,7 +75,7 @@ def digest(name: str, sources: dict, options: tuple) -> str:
     return found.hexdigest()
 
 
-def load(name: str, arch: str) -> bytes:
+def load(name: str, arch: str, options: tuple = ()) -> bytes:
     """An image of ``cuda/<name>.cu`` that runs on ``arch``.
 
     Parameters
@@ -80,6 +84,8 @@ def load(name: str, arch: str) -> bytes:
         Stem of the file.
     arch : str
         Architecture of the device, for instance ``"sm_90"``.
+    options : tuple of str
+        Further options for the compiler, which specialise the kernels.
 
     Returns
     -------
@@ -93,7 +99,7 @@ def load(name: str, arch: str) -> bytes:
     CudaError
         If nothing shipped fits and NVRTC is not installed.
     """
-    sources, options = _sources(source_directory()), _options()
+    sources, options = _sources(source_directory()), _options(options)
     wanted = digest(name, sources, options)
     image = _shipped(name, wanted, arch)
     if image is not None:
@@ -116,7 +122,7 @@ def _shipped(name, wanted, arch) -> bytes | None:
     entry = manifest.get(name)
     if entry is None or entry["digest"] != wanted:
         return None
-    target = _fitting(arch, entry["files"])
+    target = _fitting(arch, entry["files"]) if not arch.endswith("a") else None
     if target is None:
         return None
     data = (folder / entry["files"][target]["file"]).read_bytes()
@@ -128,7 +134,7 @@ def _shipped(name, wanted, arch) -> bytes | None:
 
 
 def _capability(arch: str) -> tuple:
-    number = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)", arch)
+    number = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)a?", arch)
     return int(number[1]), int(number[2])
 
 

@@ -57,14 +57,15 @@ cdef class Library:
             check_driver(cydriver.cuLibraryUnload(handle), "cuLibraryUnload")
 
 
-cdef Library _library(str name, Device device):
-    key = (name, device.index)
+cdef Library _library(str name, tuple options, bint specific, Device device):
+    key = (name, options, specific, device.index)
     cdef Library library = _libraries.get(key)
     if library is None:
         with _lock:
             library = _libraries.get(key)
             if library is None:
-                library = Library(name, kernel_compile.load(name, device.arch))
+                arch = device.arch + "a" if specific else device.arch
+                library = Library(name, kernel_compile.load(name, arch, options))
                 _libraries[key] = library
     return library
 
@@ -84,6 +85,12 @@ cdef class Kernel:
         A letter for each parameter: ``P`` pointer (a Tensor or DeviceBuffer on the
         device, or None for a null pointer), ``i`` int, ``u`` unsigned int, ``q`` long
         long, ``Q`` unsigned long long, ``f`` float.
+    options : tuple of str
+        Options for the compiler, such as ``"-DC=32"``: the kernel is specialised for
+        them.
+    specific : bool
+        Compile for exactly this architecture (``sm_90a``), whose instructions no later
+        one has.
 
     Notes
     -----
@@ -93,6 +100,8 @@ cdef class Kernel:
     cdef readonly str library
     cdef readonly str name
     cdef readonly str signature
+    cdef readonly tuple options
+    cdef readonly bint specific
     cdef bytes letters
     cdef cydriver.CUkernel handles[MAX_DEVICES]
     cdef unsigned int shared_limit[MAX_DEVICES]
@@ -101,8 +110,12 @@ cdef class Kernel:
     def __cinit__(self):
         memset(self.handles, 0, sizeof(self.handles))
 
-    def __init__(self, str library, str name, str signature):
+    def __init__(
+        self, str library, str name, str signature, tuple options=(), bint specific=False
+    ):
         self.library = library
+        self.options = options
+        self.specific = specific
         self.name = name
         self.signature = signature
         self.letters = signature.encode()
@@ -122,7 +135,7 @@ cdef class Kernel:
             self.generation = _generation
         if index >= MAX_DEVICES:
             raise ValueError(f"cycnn uses devices 0 to {MAX_DEVICES - 1}, got {index}")
-        library = _library(self.library, get(index))
+        library = _library(self.library, self.options, self.specific, get(index))
         check_driver(
             cydriver.cuLibraryGetKernel(
                 &handle, (<Library>library).handle, <const char*>name
@@ -135,7 +148,14 @@ cdef class Kernel:
         return handle
 
     def __call__(
-        self, Stream stream not None, grid, block, *arguments, unsigned int shared=0
+        self,
+        Stream stream not None,
+        grid,
+        block,
+        *arguments,
+        unsigned int shared=0,
+        unsigned int cluster=1,
+        bint dependent=False,
     ):
         """Queue the kernel on ``stream``.
 
@@ -148,6 +168,12 @@ cdef class Kernel:
             As many as the signature has letters.
         shared : int
             Bytes of dynamic shared memory.
+        cluster : int
+            Blocks of a thread-block cluster, along x.
+        dependent : bool
+            Programmatic dependent launch: the kernel may start before the one ahead of
+            it in the stream has finished. It must execute griddepcontrol.wait before
+            it touches what that one writes.
 
         Raises
         ------
@@ -215,14 +241,30 @@ cdef class Kernel:
             self.shared_limit[index] = shared
         # the driver launches in the calling thread's current context
         check(cyruntime.cudaSetDevice(index), "cudaSetDevice")
-        cdef cydriver.CUresult status = cydriver.cuLaunchKernel(
-            <cydriver.CUfunction>handle,
-            g[0], g[1], g[2],
-            b[0], b[1], b[2],
-            shared,
-            <cydriver.CUstream>stream.handle,
-            pointers,
-            NULL,
+        cdef cydriver.CUlaunchAttribute attributes[2]
+        cdef cydriver.CUlaunchConfig config
+        config.gridDimX, config.gridDimY, config.gridDimZ = g[0], g[1], g[2]
+        config.blockDimX, config.blockDimY, config.blockDimZ = b[0], b[1], b[2]
+        config.sharedMemBytes = shared
+        config.hStream = <cydriver.CUstream>stream.handle
+        config.attrs = attributes
+        config.numAttrs = 0
+        if cluster > 1:
+            attributes[0].id = (
+                cydriver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            )
+            attributes[0].value.clusterDim.x = cluster
+            attributes[0].value.clusterDim.y = 1
+            attributes[0].value.clusterDim.z = 1
+            config.numAttrs = 1
+        if dependent:
+            attributes[config.numAttrs].id = (
+                cydriver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attributes[config.numAttrs].value.programmaticStreamSerializationAllowed = 1
+            config.numAttrs += 1
+        cdef cydriver.CUresult status = cydriver.cuLaunchKernelEx(
+            &config, <cydriver.CUfunction>handle, pointers, NULL
         )
         if status != cydriver.CUresult.CUDA_SUCCESS:
             check_driver(

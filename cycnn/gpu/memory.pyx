@@ -14,7 +14,11 @@ from cuda.bindings cimport cyruntime
 from libc.stdint cimport uintptr_t
 cimport cython
 
-from cycnn.errors import OutOfMemoryError
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident() noexcept nogil
+
+
+from cycnn.errors import CudaError, OutOfMemoryError
 
 from ._check cimport check
 from .device cimport Device, get
@@ -26,6 +30,74 @@ cdef bint _plain = os.environ.get("CYCNN_PLAIN_ALLOC", "0") not in ("", "0")
 cdef size_t _live_bytes = 0
 cdef size_t _peak_bytes = 0
 cdef size_t _live_buffers = 0
+
+
+# Where buffers come from while a graph is recorded; the pool's calls would be recorded.
+# Only for the thread that records.
+cdef Arena _arena = None
+cdef unsigned long _arena_thread = 0
+cdef list _deferred = []
+
+
+cdef class Arena:
+    """Memory of a graph: freed blocks are used again, and none leaves before its end.
+
+    Everything that a graph does is in one order, so a block freed while recording may
+    be handed out at once. A block is handed out for its own size only: then a function
+    that was rehearsed finds all its memory here when it is recorded.
+    """
+
+    def __init__(self, int device_index):
+        self.device_index = device_index
+        self.free = {}
+        self.nbytes = 0
+        self.sealed = False
+
+    cdef DeviceBuffer take(self, size_t nbytes):
+        blocks = self.free.get(nbytes)
+        if blocks:
+            return blocks.pop()
+        if self.sealed:
+            raise CudaError(
+                f"the recorded function asks for {nbytes} bytes that its rehearsal did "
+                f"not ask for: it must do the same each time"
+            )
+        outside = activate(None)
+        try:
+            block = DeviceBuffer(nbytes, self.device_index)
+        finally:
+            activate(outside)
+        self.nbytes += nbytes
+        return block
+
+    cdef int give(self, DeviceBuffer block) except -1:
+        self.free.setdefault(block.nbytes, []).append(block)
+        return 0
+
+
+cdef Arena activate(Arena arena):
+    """Let buffers come from ``arena``, or from the pool if None; returns the previous.
+
+    While one is active, other buffers that die are kept, and freed afterwards: the
+    calls would be recorded.
+    """
+    global _arena, _arena_thread
+    before = _arena
+    _arena = arena
+    _arena_thread = PyThread_get_thread_ident()
+    if arena is None:
+        while _deferred:
+            address, stream, plain = _deferred.pop()
+            _free(address, stream, plain)
+    return before
+
+
+cdef _free(uintptr_t address, Stream stream, bint plain):
+    # a closed stream means that shutdown() ran
+    if plain or stream.handle == NULL:
+        cyruntime.cudaFree(<void*>address)
+    else:
+        cyruntime.cudaFreeAsync(<void*>address, stream.handle)
 
 
 @cython.no_gc_clear
@@ -56,6 +128,16 @@ cdef class DeviceBuffer:
         self.plain = _plain
         self.epoch = context_epoch()
         if nbytes == 0:
+            return
+        if (
+            _arena is not None
+            and _arena.device_index == device_index
+            and _arena_thread == PyThread_get_thread_ident()
+        ):
+            self.arena = _arena
+            self.block = self.arena.take(nbytes)
+            self.address = self.block.address
+            self._ptr = self.address
             return
         cdef cyruntime.cudaError_t status = self._allocate()
         if status == cyruntime.cudaError_t.cudaErrorMemoryAllocation:
@@ -93,18 +175,20 @@ cdef class DeviceBuffer:
 
     def __dealloc__(self):
         global _live_bytes, _live_buffers
+        if self.block is not None:
+            self.arena.give(self.block)
+            return
         if self.address == 0:
             return
         _live_bytes -= self.nbytes
         _live_buffers -= 1
         if self.epoch != context_epoch():
             return
-        # A closed stream means that shutdown() ran; at interpreter exit the driver may
-        # be gone. Neither status can be raised here.
-        if self.plain or self.stream.handle == NULL:
-            cyruntime.cudaFree(<void*>self.address)
+        # at interpreter exit the driver may be gone: no status is looked at
+        if _arena is not None:
+            _deferred.append((self.address, self.stream, self.plain))
         else:
-            cyruntime.cudaFreeAsync(<void*>self.address, self.stream.handle)
+            _free(self.address, self.stream, self.plain)
 
 
 def _out_of_memory(nbytes, device_index):

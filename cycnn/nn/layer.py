@@ -240,6 +240,17 @@ class Layer:
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
 
+    # copy.deepcopy and pickle
+
+    def __getstate__(self):
+        # a copy is a layer on its own that has seen no forward yet
+        left_out = ("_saved", "_next", "_previous")
+        return {k: v for k, v in vars(self).items() if k not in left_out}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.pack()
+
     # joining
 
     def connect(self, following):

@@ -61,7 +61,10 @@ class Linear(Layer):
         return y
 
     def backward(self, dy, input_grad=True, accumulate=False):
-        """With y[n,o] = b[o] + sum over i of x[n,i] w[o,i]::
+        """Gradients of a sum of products: each factor's is the other, times dy.
+
+        With y[n,o] = b[o] + sum over i of x[n,i] w[o,i], collecting the terms in which
+        each occurs::
 
             dw[o,i] = sum over n of dy[n,o] x[n,i]      dw = dy^T x
             db[o]   = sum over n of dy[n,o]

@@ -124,8 +124,25 @@ class Parameter:
         self._slab, self._offset = slab, offset
         self._data, self._grad = new_data, new_grad
 
+    def __reduce__(self):
+        # A copy gets memory of its own. Copied field by field, its tensors would no
+        # longer be views of its slab, and an optimizer would update other numbers than
+        # the layer computes with.
+        return _restored, (
+            self._data.numpy(),
+            self._grad.numpy(),
+            self.name,
+            str(self.device),
+        )
+
     def __repr__(self):
         return f"Parameter({self.name!r}, shape={self._shape}, device='{self.device}')"
+
+
+def _restored(data, grad, name, device) -> Parameter:
+    parameter = Parameter(data, name, device)
+    parameter.grad.copy_(grad)
+    return parameter
 
 
 def pack(parameters, device=None) -> None:

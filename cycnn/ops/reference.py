@@ -507,7 +507,7 @@ def rmsprop_step(
     momentum_buffer : same shape, or None where momentum is 0
     lr : ()
     """
-    _check_step(param, grad, momentum_buffer, lr, momentum, square_avg)
+    check_step(param, grad, momentum_buffer, lr, momentum, square_avg)
     g = _f64(grad) + weight_decay * _f64(param)
     square_avg[...] = alpha * _f64(square_avg) + (1 - alpha) * g * g
     u = g / (np.sqrt(_f64(square_avg)) + eps)
@@ -529,7 +529,7 @@ def sgd_step(param, grad, momentum_buffer, lr, momentum, weight_decay, nesterov)
     momentum_buffer : same shape, or None where momentum is 0
     lr : ()
     """
-    _check_step(param, grad, momentum_buffer, lr, momentum)
+    check_step(param, grad, momentum_buffer, lr, momentum)
     g = _f64(grad) + weight_decay * _f64(param)
     if momentum:
         momentum_buffer[...] = momentum * _f64(momentum_buffer) + g
@@ -538,7 +538,7 @@ def sgd_step(param, grad, momentum_buffer, lr, momentum, weight_decay, nesterov)
     param -= lr * g
 
 
-def _check_step(param, grad, momentum_buffer, lr, momentum, square_avg=None):
+def check_step(param, grad, momentum_buffer, lr, momentum, square_avg=None):
     if momentum and momentum_buffer is None:
         raise ValueError(
             f"momentum is {momentum} and needs a momentum_buffer, got None"
@@ -632,6 +632,33 @@ def gather_images(images, index, scale, shift):
     shapes.gather_output_shape(images.shape, index.shape)
     check_index_range(index, len(images))
     return _f64(images[index]) * scale + shift
+
+
+def begin_step(order, position, index, rates, lr):
+    """Take the next images of an epoch, and the next learning rate of a run.
+
+    What a recorded training step does first: it cannot be told by the host which step
+    it is, so it counts on the device.
+
+    Parameters
+    ----------
+    order : int array, (M,)
+        The images of the epoch, in order.
+    position : int array, (2,)
+        Images taken so far, and steps done so far; both are advanced in place.
+    index : int array, (N,)
+        Set to the next N entries of ``order``.
+    rates : float array, (steps,) or None
+        Learning rate of each step; None leaves ``lr`` alone.
+    lr : float array, ()
+        Set to the rate of this step.
+    """
+    first, step = (int(n) for n in position)
+    index[...] = order[first : first + len(index)]
+    position[0] += len(index)
+    position[1] += 1
+    if rates is not None:
+        lr[...] = rates[step]
 
 
 def gather_labels(labels, index):

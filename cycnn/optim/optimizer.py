@@ -183,6 +183,11 @@ class Optimizer:
             self._ops.fill(self._lr_on_device, value)
             self._lr = value
 
+    @property
+    def lr_tensor(self):
+        """The learning rate on the device: float32, shape (). Steps read it there."""
+        return self._lr_on_device
+
     def step(self) -> None:
         """Update all parameters by their gradients."""
         # first, since it may replace what the loop uses
@@ -270,12 +275,17 @@ class Optimizer:
                 run, offset = self._places[id(parameter)]
                 run.part(name, offset, parameter).copy_(arrays[f"{name}.{i}"])
 
+    def __reduce__(self):
+        raise TypeError(
+            f"{type(self).__name__} updates the parameters of one model, so it cannot "
+            f"be copied or pickled: make a new one for the copied model and give it "
+            f"load_state_dict(state_dict())"
+        )
+
     def __repr__(self):
         settings = ", ".join(f"{k}={v}" for k, v in self._settings.items())
         count = sum(parameter.size for parameter in self._params)
-        return (
-            f"{type(self).__name__}(lr={self._lr}, {settings}; {count:,} parameters)"
-        )
+        return f"{type(self).__name__}(lr={self._lr}, {settings}; {count:,} parameters)"
 
 
 def checked(name, value, below=math.inf, positive=False) -> float:
