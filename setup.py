@@ -47,12 +47,11 @@ PACKAGES = [
 PACKAGE_DIR = {"cycnn.kernels": "cuda"}
 
 CUDA_MAJOR = 13
-# What cuda.bindings' .pxd files include, directly or not.
+# What the .pxd files of cydriver and cyruntime include, directly or not.
 CUDA_HEADERS = (
     "cuda.h",
     "cudaProfiler.h",
     "cuda_runtime_api.h",
-    "nvrtc.h",
     "crt/host_defines.h",
 )
 
