@@ -144,10 +144,6 @@ def find_cuda_bindings() -> Path | None:
     return None
 
 
-def package_folder(package: str) -> Path:
-    return ROOT / PACKAGE_DIR.get(package, package.replace(".", "/"))
-
-
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -358,7 +354,7 @@ cudaError_t error = cudaSuccess;
 # Guarded: workers that Cython and the kernel build start may import this file again.
 if __name__ == "__main__":
     setup(
-        packages=[p for p in PACKAGES if package_folder(p).is_dir()],
+        packages=PACKAGES,
         package_dir=PACKAGE_DIR,
         package_data={
             "cycnn": ["*.pyi", "py.typed"],
