@@ -47,12 +47,11 @@ PACKAGES = [
 PACKAGE_DIR = {"cycnn.kernels": "cuda"}
 
 CUDA_MAJOR = 13
-# What cuda.bindings' .pxd files include, directly or not.
+# What the .pxd files of cydriver and cyruntime include, directly or not.
 CUDA_HEADERS = (
     "cuda.h",
     "cudaProfiler.h",
     "cuda_runtime_api.h",
-    "nvrtc.h",
     "crt/host_defines.h",
 )
 
@@ -145,10 +144,6 @@ def find_cuda_bindings() -> Path | None:
     return None
 
 
-def package_folder(package: str) -> Path:
-    return ROOT / PACKAGE_DIR.get(package, package.replace(".", "/"))
-
-
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
@@ -194,15 +189,14 @@ class BuildExt(build_ext):
         openmp = ["-fopenmp"] if self.compiles(["-fopenmp"], OPENMP_PROBE) else []
         if not openmp:
             say("this compiler has no OpenMP: the CPU operations will use one core")
-        unix = self.compiler.compiler_type == "unix"
         for extension in self.extensions:
-            if unix:
-                extension.extra_compile_args += ["-g0"]
-            if extension.name == "cycnn.ops._cpu":
-                extension.extra_compile_args += ["-O3"] * unix + openmp
+            loops = extension.name == "cycnn.ops._cpu"
+            # What follows the compiler's own flags wins; a person's CFLAGS shall too.
+            if self.compiler.compiler_type == "unix" and not os.environ.get("CFLAGS"):
+                extension.extra_compile_args += ["-g0", "-O3" if loops else "-O2"]
+            if loops:
+                extension.extra_compile_args += openmp
                 extension.extra_link_args += openmp
-            elif unix:
-                extension.extra_compile_args += ["-O2"]
             if COVERAGE:
                 extension.define_macros += [("CYTHON_TRACE_NOGIL", "1")]
             if self.gpu and extension in gpu:
@@ -360,7 +354,7 @@ cudaError_t error = cudaSuccess;
 # Guarded: workers that Cython and the kernel build start may import this file again.
 if __name__ == "__main__":
     setup(
-        packages=[p for p in PACKAGES if package_folder(p).is_dir()],
+        packages=PACKAGES,
         package_dir=PACKAGE_DIR,
         package_data={
             "cycnn": ["*.pyi", "py.typed"],
