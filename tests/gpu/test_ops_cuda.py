@@ -54,7 +54,7 @@ def assert_close(got, want, bound):
     assert got.shape == want.shape
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite].astype(got.dtype))
-    error = np.abs(got.astype(np.float64) - want)[finite]
+    error = np.abs(got[finite].astype(np.float64) - want[finite])
     bound = np.broadcast_to(bound, want.shape)[finite]
     assert (error <= bound).all(), f"off by up to {(error / bound).max():.3g} bounds"
 
