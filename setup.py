@@ -126,7 +126,9 @@ def find_cuda_headers() -> tuple[Path | None, list[str]]:
             continue
         version = header_version(include)
         if version is None or version // 1000 != CUDA_MAJOR:
-            rejected.append(f"{include}: CUDA_VERSION is {version}, not {CUDA_MAJOR}xxx")
+            rejected.append(
+                f"{include}: CUDA_VERSION is {version}, not {CUDA_MAJOR}xxx"
+            )
             continue
         return include, rejected
     return None, rejected
@@ -258,7 +260,9 @@ class BuildExt(build_ext):
         if not sys.platform.startswith("linux"):
             problem = "GPU support is built on Linux only"
         elif find_cuda_bindings() is None:
-            problem = "cuda-bindings is not installed (pip install 'cuda-bindings>=13,<14')"
+            problem = (
+                "cuda-bindings is not installed (pip install 'cuda-bindings>=13,<14')"
+            )
         elif include is None:
             problem = "no headers of CUDA 13 were found:\n  " + "\n  ".join(rejected)
         elif not self.compiles([], CUDA_PROBE, ".cpp", [include]):

@@ -1,7 +1,7 @@
 """What is shipped, and that it works where it is installed.
 
-The wheel is the one that CYCNN_TEST_WHEEL names (`make test` has built it already), else
-it is built here.
+The wheel is the one that CYCNN_TEST_WHEEL names (`make test` has built it already),
+else it is built here.
 """
 
 import email
