@@ -439,3 +439,220 @@ def head_plan(i, o, bias, machine, mode):
     return Plan(
         "linear_block_forward", options, False, 32 * warps, shared, 1, 1, cluster
     )
+
+
+# The operations
+
+_get = gpu_device.get
+
+
+@lru_cache(None)
+def _machine(index):
+    gpu = _get(index)
+    return Machine(gpu.arch, gpu.sm_count)
+
+
+def _batch(n):
+    """The batch that plans are made for: a power of two, so that few are made."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class _Kernels(NamedTuple):
+    plan: Plan
+    run: Kernel
+    pack: Kernel | None
+
+
+@lru_cache(None)
+def _kernels(plan, name, signature):
+    definitions = plan.definitions
+    run = Kernel(plan.library, name, signature, definitions, plan.specific)
+    pack = None
+    if plan.packed_units:
+        pack = Kernel(plan.library, "conv_pack_filter", "PP", definitions, plan.specific)
+    return _Kernels(plan, run, pack)
+
+
+@lru_cache(512)
+def _conv(x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision):
+    """(shape of y, kernels or None) of a convolution block."""
+    n, k, p, q = shapes.conv2d_output_shape(
+        x_shape, w_shape, stride, padding, bias_shape=bias_shape
+    )
+    y_shape = (n, k, p, q)
+    if pool is not None:
+        y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
+    shape = ConvShape(
+        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), relu,
+        bias_shape is not None, pool is not None,
+    )
+    plan = conv_plan(shape, _batch(n), _machine(index), _MODES[precision])
+    if plan is None:
+        return y_shape, None
+    few = plan.library == "conv_few_forward"
+    return y_shape, _kernels(plan, plan.library, "PPPPP" if few else "PPPPPi")
+
+
+def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
+    """Whether :func:`conv_block_forward` can do it on GPU ``index``, in any precision.
+
+    It asks for an NVIDIA GPU of compute capability 8.0 or later and for a tile that
+    fits its shared memory. Dilation, groups and overlapping windows are for the unfused
+    operations.
+    """
+    return all(
+        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, precision)[1]
+        for precision in _MODES
+    )
+
+
+def _unsupported(what, *given):
+    return NotImplementedError(
+        f"no fused kernel for {what} {', '.join(map(str, given))} on this GPU: use the "
+        f"unfused layers"
+    )
+
+
+def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0)):
+    """Convolution, ReLU if ``relu`` and max pooling if ``pool``, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W)
+    weight : Tensor (K, C, R, S)
+    bias : Tensor (K,) or None
+    relu : bool
+    pool : tuple of int or None
+        Height and width of the windows, which are also their distance. Rows and columns
+        left over are dropped.
+    stride, padding : tuple of int
+
+    Returns
+    -------
+    y : Tensor (N, K, P, Q), pooled
+    code : uint8 Tensor like y, or None without ``pool``
+        0 where no gradient passes (``relu`` and y <= 0), else 1 + the position of the
+        first maximum in its window, row by row.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_block_supported` says no.
+    """
+    device = x.device
+    y_shape, kernels = _conv(
+        x.shape, weight.shape, None if bias is None else bias.shape, relu, pool, stride,
+        padding, device.index, get_precision(),
+    )
+    if kernels is None:
+        raise _unsupported("a convolution of", x.shape, weight.shape)
+    plan, run, pack = kernels
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    code = None if pool is None else empty_on_gpu(y_shape, _UINT8, device)
+    n = y_shape[0]
+    if not n:
+        return y, code
+    stream = _get(device.index).compute
+    launch = dict(shared=plan.shared, dependent=True)
+    if pack is None:
+        run(stream, plan.grid(n), plan.block, x, weight, bias, y, code, **launch)
+        return y, code
+    packed = empty_on_gpu((4 * plan.packed_units,), _FLOAT32, device)
+    pack(stream, ceil_div(plan.pack_threads, 256), 256, weight, packed, dependent=True)
+    run(stream, plan.grid(n), plan.block, x, packed, bias, y, code, n, **launch)
+    return y, code
+
+
+def linear_block_forward(x, weight, bias, relu):
+    """A linear layer, and ReLU if ``relu``, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,) or None
+    relu : bool
+
+    Returns
+    -------
+    Tensor (N, O)
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        Before compute capability 8.0.
+    """
+    device = x.device
+    y_shape = n, outputs = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    plan = linear_plan(
+        _batch(n), x.shape[1], outputs, relu, bias is not None, _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a linear layer of", x.shape, weight.shape)
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    if n:
+        run = _kernels(plan, "linear_block_forward", "PPPPi").run
+        run(
+            _get(device.index).compute, plan.grid(n), plan.block, x, weight, bias, y, n,
+            dependent=True,
+        )
+    return y
+
+
+def head_supported(inputs, classes, index) -> bool:
+    """Whether :func:`head_forward` can do it on GPU ``index``: it is for few weights."""
+    return head_plan(inputs, classes, True, _machine(index), 0) is not None
+
+
+def head_forward(x, weight, bias, labels):
+    """The last linear layer with log-softmax, mean NLL and its gradient, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,) or None
+    labels : int32 Tensor (N,)
+
+    Returns
+    -------
+    log_probs : Tensor (N, O)
+    loss : Tensor ()
+        Their mean at the labels, negated; NaN for a label that is no class, and for an
+        empty batch.
+    dlogits : Tensor (N, O)
+        (softmax - onehot) / N, the gradient of the loss.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`head_supported` says no.
+    """
+    device = x.device
+    y_shape = n, classes = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    shapes.check_labels("x weight^T", y_shape, labels.shape)
+    plan = head_plan(
+        x.shape[1], classes, bias is not None, _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a head of", x.shape, weight.shape)
+    log_probs = empty_on_gpu(y_shape, _FLOAT32, device)
+    dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
+    loss = empty_on_gpu((), _FLOAT32, device)
+    _kernels(plan, "head_forward", "PPPPPPPi").run(
+        _get(device.index).compute, plan.channel_tiles, plan.block, x, weight, bias,
+        labels, log_probs, loss, dlogits, n, shared=plan.shared, dependent=True,
+    )
+    return log_probs, loss, dlogits
