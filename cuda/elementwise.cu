@@ -1,0 +1,86 @@
+// One output element for one input element: fill, add, ReLU, sigmoid.
+//
+// Launch: any one-dimensional grid and block; the loops stride over the grid. n >= 0
+// elements. Four elements go in one 16-byte access where all addresses allow it.
+#include "common.cuh"
+
+// y[i] = f(a[i]) for i < n
+template <class F>
+DEVICE void map(float* y, const float* a, int64 n, F f) {
+  const int64 first = grid_thread(), step = grid_threads();
+  int64 done = 0;
+  if (aligned16(y) && aligned16(a)) {
+    done = n & ~3ll;
+#pragma unroll 1
+    for (int64 i = first; i < n / 4; i += step) {
+      const float4 v = ((const float4*)a)[i];
+      ((float4*)y)[i] = make_float4(f(v.x), f(v.y), f(v.z), f(v.w));
+    }
+  }
+#pragma unroll 1
+  for (int64 i = done + first; i < n; i += step) y[i] = f(a[i]);
+}
+
+// y[i] = f(a[i], b[i]) for i < n
+template <class F>
+DEVICE void map(float* y, const float* a, const float* b, int64 n, F f) {
+  const int64 first = grid_thread(), step = grid_threads();
+  int64 done = 0;
+  if (aligned16(y) && aligned16(a) && aligned16(b)) {
+    done = n & ~3ll;
+#pragma unroll 1
+    for (int64 i = first; i < n / 4; i += step) {
+      const float4 v = ((const float4*)a)[i], w = ((const float4*)b)[i];
+      ((float4*)y)[i] =
+          make_float4(f(v.x, w.x), f(v.y, w.y), f(v.z, w.z), f(v.w, w.w));
+    }
+  }
+#pragma unroll 1
+  for (int64 i = done + first; i < n; i += step) y[i] = f(a[i], b[i]);
+}
+
+extern "C" __global__ void fill_float32(float* x, float value, int64 n) {
+#pragma unroll 1
+  for (int64 i = grid_thread(); i < n; i += grid_threads()) x[i] = value;
+}
+
+extern "C" __global__ void fill_int32(int* x, int value, int64 n) {
+#pragma unroll 1
+  for (int64 i = grid_thread(); i < n; i += grid_threads()) x[i] = value;
+}
+
+extern "C" __global__ void fill_uint8(uint8* x, int value, int64 n) {
+#pragma unroll 1
+  for (int64 i = grid_thread(); i < n; i += grid_threads()) x[i] = (uint8)value;
+}
+
+// out = x + y; out may be x or y
+extern "C" __global__ void add(float* out, const float* x, const float* y, int64 n) {
+  map(out, x, y, n, [](float a, float b) { return a + b; });
+}
+
+// y = max(x, 0). Written so that NaN stays NaN and -0 becomes 0.
+extern "C" __global__ void relu_forward(float* y, const float* x, int64 n) {
+  map(y, x, n, [](float v) { return v <= 0.0f ? 0.0f : v; });
+}
+
+// dx = dy where x > 0, which is where y > 0; the subgradient at 0 is 0.
+extern "C" __global__ void relu_backward(float* dx, const float* dy, const float* y,
+                                         int64 n) {
+  map(dx, dy, y, n, [](float d, float v) { return v > 0.0f ? d : 0.0f; });
+}
+
+// y = 1 / (1 + e^-x). Of e^-x and e^x only the one that cannot overflow is used:
+// y = 1 / (1 + e^-|x|) for x >= 0, and 1 - that = e^-|x| / (1 + e^-|x|) below.
+extern "C" __global__ void sigmoid_forward(float* y, const float* x, int64 n) {
+  map(y, x, n, [](float v) {
+    const float e = expf(-fabsf(v));
+    return (v >= 0.0f ? 1.0f : e) / (1.0f + e);
+  });
+}
+
+// dy/dx = e^-x / (1 + e^-x)^2 = y (1 - y)
+extern "C" __global__ void sigmoid_backward(float* dx, const float* dy, const float* y,
+                                            int64 n) {
+  map(dx, dy, y, n, [](float d, float v) { return d * v * (1.0f - v); });
+}

@@ -1,0 +1,169 @@
+"""Images with labels, in host memory."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import numpy as np
+
+from ..errors import DataError
+
+_CHUNK = 1 << 22  # elements looked at in one go when searching for NaN
+
+
+class ArrayDataset:
+    """Images and their labels, checked once.
+
+    Parameters
+    ----------
+    images : array_like, shape (M, C, H, W), (M, H, W) or (M, F)
+        uint8 and float32 are kept as they are (and shared, not copied, where they are
+        C-contiguous: do not change them afterwards). Other floats become float32;
+        other integers uint8 where they all fit, else float32. Images of shape
+        (M, H, W) have one channel and become (M, 1, H, W); (M, F) are plain vectors.
+    labels : array_like of int, shape (M,)
+        Class indices, never one-hot.
+    scale, shift : float
+        A loader yields ``images * scale + shift`` in float32.
+    classes : int, optional
+        Number of classes; by default one more than the largest label.
+
+    Attributes
+    ----------
+    images : numpy.ndarray, uint8 or float32
+    labels : numpy.ndarray, int32
+    scale, shift : float
+    classes : int
+
+    Raises
+    ------
+    DataError
+        If the shapes do not fit each other, a label is not in ``range(classes)``, or
+        an image holds NaN or an infinity; the first such element is named.
+    TypeError
+        If images are not real numbers or labels not integers.
+    """
+
+    def __init__(self, images, labels, scale=1.0, shift=0.0, classes=None):
+        images = _as_images(images)
+        labels, classes = _as_labels(labels, classes)
+        if len(images) != len(labels):
+            raise DataError(
+                f"{len(images)} images but {len(labels)} labels: each image needs one"
+            )
+        scale, shift = _finite(scale, "scale"), _finite(shift, "shift")
+        self._set(images, labels, scale, shift, classes)
+
+    def _set(self, images, labels, scale, shift, classes):
+        self.images, self.labels = images, labels
+        self.scale, self.shift, self.classes = scale, shift, classes
+
+    @property
+    def image_shape(self) -> tuple:
+        """Shape of one image: (C, H, W), or (F,) for vectors."""
+        return self.images.shape[1:]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key) -> ArrayDataset:
+        """A part of the set: ``dataset[a:b:c]``. Memory is shared where step is 1."""
+        if not isinstance(key, slice):
+            raise TypeError(
+                f"a dataset is indexed by a slice, got {key!r}; single images are in "
+                f".images and .labels, a DataLoader makes batches"
+            )
+        made = ArrayDataset.__new__(type(self))
+        made._set(
+            np.ascontiguousarray(self.images[key]),
+            np.ascontiguousarray(self.labels[key]),
+            self.scale,
+            self.shift,
+            self.classes,
+        )
+        return made
+
+    def subset(self, n: int) -> ArrayDataset:
+        """The first ``n`` images, or all of them where there are fewer."""
+        n = operator.index(n)
+        if n < 0:
+            raise ValueError(f"a subset has 0 or more images, got n={n}")
+        return self[:n]
+
+    def __repr__(self):
+        return (
+            f"ArrayDataset({len(self)} images of shape {self.image_shape}, "
+            f"{self.images.dtype}, {self.classes} classes, "
+            f"scale={self.scale:g}, shift={self.shift:g})"
+        )
+
+
+def _finite(value, name) -> float:
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def _as_images(images) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim not in (2, 3, 4):
+        raise DataError(
+            f"images of shape {images.shape}: expected (M, C, H, W), (M, H, W) "
+            f"or (M, F)"
+        )
+    kind = images.dtype.kind
+    if kind not in "fiub":
+        raise TypeError(f"images of dtype {images.dtype}: expected real numbers")
+    if kind == "f":
+        # what float32 cannot hold becomes infinite here and is refused below
+        with np.errstate(over="ignore"):
+            images = np.ascontiguousarray(images, dtype=np.float32)
+        _refuse_non_finite(images)
+    else:
+        fits = images.dtype == np.uint8 or not images.size
+        fits = fits or (images.min() >= 0 and images.max() <= 255)
+        images = np.ascontiguousarray(images, dtype=np.uint8 if fits else np.float32)
+    if images.ndim == 3:
+        images = images[:, None]
+    return images
+
+
+def _refuse_non_finite(images) -> None:
+    flat = images.reshape(-1)
+    # in pieces, so that a large set needs no second array of its size
+    for start in range(0, flat.size, _CHUNK):
+        bad = ~np.isfinite(flat[start : start + _CHUNK])
+        if bad.any():
+            at = start + int(bad.argmax())
+            index = tuple(int(i) for i in np.unravel_index(at, images.shape))
+            raise DataError(
+                f"image {index[0]} holds {flat[at]} at images{list(index)}: expected "
+                f"finite numbers that fit float32"
+            )
+
+
+def _as_labels(labels, classes) -> tuple:
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise DataError(
+            f"labels of shape {labels.shape}: expected one class index an image, "
+            f"shape (M,); argmax(axis=1) turns one-hot rows into that"
+        )
+    if labels.size and labels.dtype.kind not in "iu":
+        raise TypeError(f"labels of dtype {labels.dtype}: expected integers")
+    if classes is None:
+        classes = int(labels.max()) + 1 if labels.size else 0
+    else:
+        classes = operator.index(classes)
+        if classes < 1:
+            raise ValueError(f"classes must be 1 or more, got {classes}")
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        at = int(outside.argmax())
+        limit = f"0 to {classes - 1}" if classes > 0 else "0 or more"
+        raise DataError(f"label {at} is {labels[at]}: expected a class from {limit}")
+    if classes > 2**31:
+        raise DataError(f"labels up to {classes - 1} do not fit int32")
+    return np.ascontiguousarray(labels, dtype=np.int32), classes

@@ -1,0 +1,30 @@
+"""Layers, losses, initialisers and the reference network."""
+
+from . import init
+from .activation import LogSoftmax, ReLU, Sigmoid
+from .conv import Conv2d
+from .layer import Layer
+from .linear import Linear
+from .loss import CrossEntropyLoss, NLLLoss
+from .networks import reference_network
+from .parameter import Parameter
+from .pooling import MaxPool2d
+from .reshape import Flatten
+from .sequential import Sequential
+
+__all__ = [
+    "Conv2d",
+    "CrossEntropyLoss",
+    "Flatten",
+    "Layer",
+    "Linear",
+    "LogSoftmax",
+    "MaxPool2d",
+    "NLLLoss",
+    "Parameter",
+    "ReLU",
+    "Sequential",
+    "Sigmoid",
+    "init",
+    "reference_network",
+]

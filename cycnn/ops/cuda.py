@@ -1,0 +1,784 @@
+"""The operations on tensors of a GPU: launch shapes, arguments and workspace.
+
+The functions are specified in :mod:`cycnn.ops.reference`; the arithmetic is in the
+kernels (``cuda/*.cu``, overview in ``cuda/README.md``). Everything is queued on the
+compute stream of the device, nothing waits for it.
+
+Labels and row numbers are not read back to be checked, which would wait for the GPU:
+a label out of range makes the loss NaN, a row number out of range a row of NaN (in
+:func:`gather_labels` the label -1).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from .. import shapes
+from ..devices import device as as_device
+from ..errors import ShapeError
+from ..gpu import device as gpu_device
+from ..gpu.launch import Kernel
+from ..precision import get_precision
+from ..shapes import ceil_div
+from ..tensor import empty_on_gpu
+
+_FLOAT32, _INT32, _UINT8 = map(np.dtype, ("float32", "int32", "uint8"))
+
+_BLOCK = 256
+_MAX_GRID = 65535  # of the second and third axis; more work is looped over
+_INT32_MAX = 2**31 - 1
+_COLUMN_BYTES = 256 << 20  # a convolution unrolls as many images at once as fit
+_WIDE = 2048  # features from which on a row is a block's work, not a warp's
+_PARTIAL = 8192  # numbers that one block sums
+
+_get = gpu_device.get
+
+
+def _int32(name, tensor):
+    if tensor.dtype != _INT32:
+        raise TypeError(f"{name} has dtype {tensor.dtype}: expected int32")
+
+
+def _strided(count):
+    """Grid of a kernel that strides over ``count`` elements."""
+    return min(ceil_div(count, _BLOCK), _MAX_GRID)
+
+
+def _vectors(count):
+    """The same where a thread takes four elements at a time."""
+    return min(ceil_div(count, 4 * _BLOCK), _MAX_GRID)
+
+
+@lru_cache(256)
+def _images(n, elements):
+    """Grid over the elements of an image and over images."""
+    if elements > _INT32_MAX:
+        raise ShapeError(
+            f"an image of {elements} elements is too large: the GPU's kernels number "
+            f"at most {_INT32_MAX}"
+        )
+    return ceil_div(elements, _BLOCK), min(n, _MAX_GRID)
+
+
+# elementwise
+
+_fill_float32 = Kernel("elementwise", "fill_float32", "Pfq")
+_fill_int32 = Kernel("elementwise", "fill_int32", "Piq")
+_fill_uint8 = Kernel("elementwise", "fill_uint8", "Piq")
+_add = Kernel("elementwise", "add", "PPPq")
+_relu_forward = Kernel("elementwise", "relu_forward", "PPq")
+_relu_backward = Kernel("elementwise", "relu_backward", "PPPq")
+_sigmoid_forward = Kernel("elementwise", "sigmoid_forward", "PPq")
+_sigmoid_backward = Kernel("elementwise", "sigmoid_backward", "PPPq")
+
+
+def fill(x, value):
+    n = x.size
+    if not n:
+        return
+    if x.dtype == _FLOAT32:
+        kernel, value = _fill_float32, float(value)
+    else:
+        kernel = _fill_int32 if x.dtype == _INT32 else _fill_uint8
+        value = int(value)
+    kernel(_get(x.device.index).compute, _strided(n), _BLOCK, x, value, n)
+
+
+def add(x, y, out):
+    if not x.shape == y.shape == out.shape:
+        shapes.check_same(x=x.shape, y=y.shape, out=out.shape)
+    n = x.size
+    if n:
+        _add(_get(x.device.index).compute, _vectors(n), _BLOCK, out, x, y, n)
+
+
+def _map(kernel, x):
+    device, n = x.device, x.size
+    y = empty_on_gpu(x.shape, _FLOAT32, device)
+    if n:
+        kernel(_get(device.index).compute, _vectors(n), _BLOCK, y, x, n)
+    return y
+
+
+def _map_backward(kernel, dy, y):
+    if dy.shape != y.shape:
+        shapes.check_same(y=y.shape, dy=dy.shape)
+    device, n = dy.device, dy.size
+    dx = empty_on_gpu(dy.shape, _FLOAT32, device)
+    if n:
+        kernel(_get(device.index).compute, _vectors(n), _BLOCK, dx, dy, y, n)
+    return dx
+
+
+def relu_forward(x):
+    return _map(_relu_forward, x)
+
+
+def relu_backward(dy, y):
+    return _map_backward(_relu_backward, dy, y)
+
+
+def sigmoid_forward(x):
+    return _map(_sigmoid_forward, x)
+
+
+def sigmoid_backward(dy, y):
+    return _map_backward(_sigmoid_backward, dy, y)
+
+
+# matrix products
+
+_GEMM_BLOCK = 256
+_GEMM_STEP = 64  # splits of k are multiples of it
+# bits of `flags`, as in gemm.cu
+_ACCUMULATE, _BIAS_ON_ROWS, _A_TRANSPOSED, _B_TRANSPOSED = 1, 2, 4, 8
+
+_gemm = {
+    (precision, tile): Kernel(
+        "gemm", f"gemm_{precision}_{tile}", "PPPPiiiiuiiqiiqiiqii"
+    )
+    for precision in ("fp32", "tf32", "bf16")
+    for tile in (64, 128)
+}
+_gemm_finish = Kernel("gemm", "gemm_finish", "PPPiiiiiuiiqi")
+
+_PLAIN = 1 << 30  # a segment that no row is longer than
+
+
+@lru_cache(1024)
+def _segment_magic(length):
+    """The factor that divides by ``length``; see Segment in gemm.cu."""
+    return -(-(1 << (31 + (length - 1).bit_length())) // length)
+
+
+@lru_cache(4096)
+def _plan(precision, m, n, k, batch, sms):
+    """Which kernel computes a product: (kernel, grid, k a split, splits)."""
+    tile = 128
+    tiles = ceil_div(m, tile) * ceil_div(n, tile)
+    if tiles * batch < sms or min(m, n) <= 64:
+        tile = 64
+        tiles = ceil_div(m, tile) * ceil_div(n, tile)
+    splits = 1
+    if 2 * tiles * batch <= sms:
+        # fewer tiles than half of the SMs: aim at two blocks for each
+        splits = max(1, min(2 * sms // (tiles * batch), k // _GEMM_STEP))
+    k_a_split = max(ceil_div(k, splits * _GEMM_STEP), 1) * _GEMM_STEP
+    splits = max(ceil_div(k, k_a_split), 1)
+    return _gemm[precision, tile], (tiles, batch, splits), k_a_split, splits
+
+
+def _product(gpu, flags, c, a, b, bias, sizes, segment, of_a, of_b, of_c):
+    """Queue C = A B + bias; gemm.cu explains how matrices lie.
+
+    Parameters
+    ----------
+    gpu : cycnn.gpu.device.Device
+    flags : int
+    c, a, b, bias : Tensor; bias may be None
+    sizes : (m, n, k, batch)
+    segment : int
+        Columns of an image.
+    of_a, of_b, of_c : (pitch, stack, batch stride), in elements
+    """
+    m, n, k, batch = sizes
+    kernel, grid, k_a_split, splits = _plan(
+        get_precision(), m, n, k, batch, gpu.sm_count
+    )
+    magic = _segment_magic(segment)
+    if splits == 1:
+        kernel(
+            gpu.compute, grid, _GEMM_BLOCK, c, a, b, bias, m, n, k, segment, magic,
+            *of_a, *of_b, *of_c, k_a_split, flags,
+        )  # fmt: skip
+        return
+    elements = batch * m * n
+    partial = empty_on_gpu((splits, elements), _FLOAT32, c.device)
+    kernel(
+        gpu.compute, grid, _GEMM_BLOCK, partial, a, b, None, m, n, k, segment, magic,
+        *of_a, *of_b, n, segment, m * n, k_a_split,
+        flags & (_A_TRANSPOSED | _B_TRANSPOSED),
+    )  # fmt: skip
+    _gemm_finish(
+        gpu.compute, ceil_div(elements, 32), (32, 8), c, partial, bias, batch, m, n,
+        splits, segment, magic, *of_c, flags,
+    )  # fmt: skip
+
+
+# sums
+
+_sum_rows = Kernel("reduce", "sum_rows", "PPiiii")
+_sum_channels = Kernel("reduce", "sum_channels", "PPiiiii")
+
+
+def _sum_over_rows(gpu, out, x, rows, columns, accumulate):
+    """out (columns,) = or += the sum of x (rows, columns) over its rows."""
+    blocks, lanes = ceil_div(columns, 32), (32, 8)
+    rows_a_block = max(_PARTIAL // 32, ceil_div(rows, _MAX_GRID))
+    parts = ceil_div(rows, rows_a_block)
+    if parts > 1:
+        partial = empty_on_gpu((parts, columns), _FLOAT32, x.device)
+        _sum_rows(
+            gpu.compute, (blocks, parts), lanes, partial, x, rows, columns,
+            rows_a_block, 0,
+        )  # fmt: skip
+        x, rows = partial, parts
+    _sum_rows(gpu.compute, blocks, lanes, out, x, rows, columns, rows, int(accumulate))
+
+
+def _sum_over_pixels(gpu, out, dy, n, k, pixels, accumulate):
+    """out (k,) = or += the sum of dy (n, k, pixels) over images and pixels."""
+    images = max(1, _PARTIAL // pixels, ceil_div(n, _MAX_GRID))
+    parts = ceil_div(n, images)
+    if parts == 1:
+        _sum_channels(
+            gpu.compute, k, _BLOCK, out, dy, n, k, pixels, images, int(accumulate)
+        )
+        return
+    partial = empty_on_gpu((parts, k), _FLOAT32, dy.device)
+    _sum_channels(
+        gpu.compute, (k, parts), _BLOCK, partial, dy, n, k, pixels, images, 0
+    )
+    _sum_over_rows(gpu, out, partial, parts, k, accumulate)
+
+
+def _clear(dweight, dbias):
+    """Gradients of an empty batch."""
+    fill(dweight, 0.0)
+    if dbias is not None:
+        fill(dbias, 0.0)
+
+
+def _parts(n, elements, most=_INT32_MAX):
+    """The batch in slices whose elements the kernels can number.
+
+    Parameters
+    ----------
+    n : int
+        Samples.
+    elements : int
+        Of a sample, in the largest array.
+    most : int
+        Samples that a slice may have.
+    """
+    if elements > _INT32_MAX:
+        raise ShapeError(
+            f"a sample of {elements} elements is too large: the GPU's kernels number "
+            f"at most {_INT32_MAX}"
+        )
+    step = min(most, _INT32_MAX // max(elements, 1))
+    return tuple(slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _part(x, part):
+    """``x[part]``, without making a view of all of it."""
+    return x if part.stop - part.start == x.shape[0] else x[part]
+
+
+# linear
+
+_linear_shape = lru_cache(256)(shapes.linear_output_shape)
+_check_linear = lru_cache(256)(shapes.check_linear_backward)
+
+
+def linear_forward(x, weight, bias):
+    x_shape, w_shape = x.shape, weight.shape
+    n, outputs = _linear_shape(x_shape, w_shape, None if bias is None else bias.shape)
+    inputs = w_shape[1]
+    device = x.device
+    y = empty_on_gpu((n, outputs), _FLOAT32, device)
+    if not n or not outputs:
+        return y
+    gpu = _get(device.index)
+    for part in _parts(n, max(inputs, outputs)):
+        # y = x weight^T
+        _product(
+            gpu, _B_TRANSPOSED, _part(y, part), _part(x, part), weight, bias,
+            (part.stop - part.start, outputs, inputs, 1), _PLAIN,
+            (inputs, _PLAIN, 0), (inputs, _PLAIN, 0), (outputs, _PLAIN, 0),
+        )  # fmt: skip
+    return y
+
+
+def linear_backward(dy, x, weight, dweight, dbias, need_dx=True, accumulate=False):
+    w_shape = weight.shape
+    _check_linear(
+        dy.shape,
+        x.shape,
+        w_shape,
+        dweight.shape,
+        None if dbias is None else dbias.shape,
+    )
+    outputs, inputs = w_shape
+    n = dy.shape[0]
+    device = dy.device
+    dx = empty_on_gpu((n, inputs), _FLOAT32, device) if need_dx else None
+    if not n:
+        if not accumulate:
+            _clear(dweight, dbias)
+        return dx
+    if not outputs:
+        if need_dx:
+            fill(dx, 0.0)
+        return dx
+    gpu = _get(device.index)
+    if dbias is not None:
+        _sum_over_rows(gpu, dbias, dy, n, outputs, accumulate)
+    if not inputs:
+        return dx
+    of_inputs, of_outputs = (inputs, _PLAIN, 0), (outputs, _PLAIN, 0)
+    for part in _parts(n, max(inputs, outputs)):
+        size = part.stop - part.start
+        dy_part = _part(dy, part)
+        # dweight = dy^T x
+        _product(
+            gpu, _A_TRANSPOSED | (_ACCUMULATE if accumulate or part.start else 0),
+            dweight, dy_part, _part(x, part), None, (outputs, inputs, size, 1), _PLAIN,
+            of_outputs, of_inputs, of_inputs,
+        )  # fmt: skip
+        if need_dx:
+            # dx = dy weight
+            _product(
+                gpu, 0, _part(dx, part), dy_part, weight, None,
+                (size, inputs, outputs, 1), _PLAIN, of_outputs, of_inputs, of_inputs,
+            )  # fmt: skip
+    return dx
+
+
+# convolution
+
+_im2col = Kernel("conv", "im2col", "PPiiiiiiiiiiiiiiq")
+_col2im = Kernel("conv", "col2im", "PPiiiiiiiiiiiiiiq")
+
+_conv_shape = lru_cache(256)(shapes.conv2d_output_shape)
+_check_conv = lru_cache(256)(shapes.check_conv2d_backward)
+
+
+@lru_cache(256)
+def _conv_plan(x_shape, w_shape, y_shape, stride, padding):
+    """(pointwise, parts of the batch, rows of the column matrix).
+
+    A pointwise convolution (1 x 1, every pixel, no padding) is a product with x as it
+    lies; for others x is unrolled, as many images at once as the workspace holds.
+    """
+    n, c, h, w = x_shape
+    k, _, r, s = w_shape
+    pixels = y_shape[2] * y_shape[3]
+    rows = c * r * s
+    pointwise = r == s == 1 and stride == (1, 1) and padding == (0, 0)
+    if pointwise or not c:
+        return True, _parts(n, max(c * h * w, k * pixels)), rows
+    most = max(1, _COLUMN_BYTES // (4 * rows * pixels))
+    parts = _parts(n, max(c * h * w, k * pixels, rows * pixels), most)
+    return False, parts, rows
+
+
+def _unroll(gpu, column, x, w_shape, y_shape, stride, padding, dilation, pitch):
+    n, c, h, w = x.shape
+    r, s = w_shape[2:]
+    p, q = y_shape[2:]
+    _im2col(
+        gpu.compute, (ceil_div(n * p * q, _BLOCK), min(c, _MAX_GRID)), _BLOCK, column,
+        x, n, c, h, w, r, s, p, q, *stride, *padding, *dilation, pitch,
+    )  # fmt: skip
+
+
+def _column(rows, images, pixels, device):
+    """Workspace for the column matrix of some images, and the pitch of its rows."""
+    pitch = (images * pixels + 3) & ~3  # rows start at 16 bytes
+    return empty_on_gpu((rows, pitch), _FLOAT32, device), pitch
+
+
+def conv2d_forward(
+    x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
+):
+    x_shape, w_shape = x.shape, weight.shape
+    y_shape = _conv_shape(
+        x_shape,
+        w_shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        None if bias is None else bias.shape,
+    )
+    device = x.device
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    n, k, p, q = y_shape
+    if not n or not k:
+        return y
+    gpu = _get(device.index)
+    pointwise, parts, rows = _conv_plan(x_shape, w_shape, y_shape, stride, padding)
+    pixels, group_rows, group_k = p * q, rows // groups, k // groups
+    column, pitch = None, pixels
+    if pointwise:
+        stack = x_shape[1] * pixels
+    else:
+        column, pitch = _column(rows, parts[0].stop, pixels, device)
+        stack = pixels
+    for part in parts:
+        source = x_part = _part(x, part)
+        if not pointwise:
+            _unroll(
+                gpu, column, x_part, w_shape, y_shape, stride, padding, dilation, pitch
+            )
+            source = column
+        # y[n] = weight column[n], a product for each group
+        _product(
+            gpu, _BIAS_ON_ROWS, _part(y, part), weight, source, bias,
+            (group_k, (part.stop - part.start) * pixels, group_rows, groups), pixels,
+            (group_rows, pixels, group_k * group_rows),
+            (pitch, stack, group_rows * pitch),
+            (pixels, k * pixels, group_k * pixels),
+        )  # fmt: skip
+    return y
+
+
+def conv2d_backward(
+    dy,
+    x,
+    weight,
+    dweight,
+    dbias,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    need_dx=True,
+    accumulate=False,
+):
+    x_shape, w_shape, y_shape = x.shape, weight.shape, dy.shape
+    _check_conv(
+        y_shape,
+        x_shape,
+        w_shape,
+        dweight.shape,
+        None if dbias is None else dbias.shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    device = x.device
+    dx = empty_on_gpu(x_shape, _FLOAT32, device) if need_dx else None
+    n, k, p, q = y_shape
+    if not n:
+        if not accumulate:
+            _clear(dweight, dbias)
+        return dx
+    if not k:
+        if need_dx:
+            fill(dx, 0.0)
+        return dx
+    gpu = _get(device.index)
+    pointwise, parts, rows = _conv_plan(x_shape, w_shape, y_shape, stride, padding)
+    pixels, group_rows, group_k = p * q, rows // groups, k // groups
+    if dbias is not None:
+        _sum_over_pixels(gpu, dbias, dy, n, k, pixels, accumulate)
+    if not rows:
+        return dx
+    column, pitch = None, pixels
+    if pointwise:
+        stack = x_shape[1] * pixels
+    else:
+        column, pitch = _column(rows, parts[0].stop, pixels, device)
+        stack = pixels
+    of_weight = (group_rows, pixels, group_k * group_rows)
+    of_column = (pitch, stack, group_rows * pitch)
+    of_dy = (pixels, k * pixels, group_k * pixels)
+    for part in parts:
+        columns = (part.stop - part.start) * pixels
+        x_part, dy_part = _part(x, part), _part(dy, part)
+        source = x_part
+        if not pointwise:
+            _unroll(
+                gpu, column, x_part, w_shape, y_shape, stride, padding, dilation, pitch
+            )
+            source = column
+        # dweight = sum over n of dy[n] column[n]^T
+        _product(
+            gpu, _B_TRANSPOSED | (_ACCUMULATE if accumulate or part.start else 0),
+            dweight, dy_part, source, None, (group_k, group_rows, columns, groups),
+            pixels, of_dy, of_column, of_weight,
+        )  # fmt: skip
+        if need_dx:
+            dx_part = _part(dx, part)
+            # dcolumn[n] = weight^T dy[n], over the column matrix, which has been used
+            _product(
+                gpu, _A_TRANSPOSED, dx_part if pointwise else column, weight, dy_part,
+                None, (group_rows, columns, group_k, groups), pixels, of_weight, of_dy,
+                of_column,
+            )  # fmt: skip
+            if not pointwise:
+                images, c, h, w = dx_part.shape
+                _col2im(
+                    gpu.compute, _images(images, c * h * w), _BLOCK, dx_part, column,
+                    images, c, h, w, *w_shape[2:], p, q, *stride, *padding, *dilation,
+                    pitch,
+                )  # fmt: skip
+    return dx
+
+
+# pooling
+
+_maxpool2d_forward = Kernel("maxpool", "maxpool2d_forward", "PPPiiiiiiiiiiii")
+_maxpool2d_backward = Kernel("maxpool", "maxpool2d_backward", "PPPiiiiiiiiiiii")
+
+_pool_shape = lru_cache(256)(shapes.pool2d_output_shape)
+_check_pool = lru_cache(256)(shapes.check_maxpool2d_backward)
+
+
+def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
+    x_shape = x.shape
+    y_shape = _pool_shape(x_shape, kernel_size, stride, padding)
+    device = x.device
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    positions = empty_on_gpu(y_shape, _INT32, device)
+    n, c, p, q = y_shape
+    if n and c:
+        _maxpool2d_forward(
+            _get(device.index).compute, _images(n, c * p * q), _BLOCK, y, positions, x,
+            n, c, x_shape[2], x_shape[3], p, q, *kernel_size, *stride, *padding,
+        )  # fmt: skip
+    return y, positions
+
+
+def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 0)):
+    y_shape = dy.shape
+    _check_pool(y_shape, positions.shape, x_shape, kernel_size, stride, padding)
+    _int32("positions", positions)
+    device = dy.device
+    dx = empty_on_gpu(x_shape, _FLOAT32, device)
+    n, c, h, w = x_shape
+    if n and c:
+        _maxpool2d_backward(
+            _get(device.index).compute, _images(n, c * h * w), _BLOCK, dx, dy,
+            positions, n, c, h, w, y_shape[2], y_shape[3], *kernel_size, *stride,
+            *padding,
+        )  # fmt: skip
+    return dx
+
+
+# softmax and losses
+
+_log_softmax_forward = (
+    Kernel("softmax", "log_softmax_forward_rows", "PPii"),
+    Kernel("softmax", "log_softmax_forward_wide", "PPii"),
+)
+_log_softmax_backward = (
+    Kernel("softmax", "log_softmax_backward_rows", "PPPii"),
+    Kernel("softmax", "log_softmax_backward_wide", "PPPii"),
+)
+_nll_loss_forward = Kernel("softmax", "nll_loss_forward", "PPPii")
+_nll_loss_backward = Kernel("softmax", "nll_loss_backward", "PPii")
+_cross_entropy_backward = Kernel("softmax", "cross_entropy_backward", "PPPii")
+
+
+def _of_rows(n):
+    """Grid of a kernel with a warp a row."""
+    return ceil_div(n, _BLOCK // 32)
+
+
+def log_softmax_forward(x):
+    n, f = shapes.check_scores("x", x.shape)
+    device = x.device
+    y = empty_on_gpu((n, f), _FLOAT32, device)
+    if n:
+        wide = f >= _WIDE
+        _log_softmax_forward[wide](
+            _get(device.index).compute, n if wide else _of_rows(n), _BLOCK, y, x, n, f
+        )
+    return y
+
+
+def log_softmax_backward(dy, y):
+    n, f = shapes.check_scores("y", y.shape)
+    if dy.shape != y.shape:
+        shapes.check_same(y=y.shape, dy=dy.shape)
+    device = y.device
+    dx = empty_on_gpu((n, f), _FLOAT32, device)
+    if n:
+        wide = f >= _WIDE
+        _log_softmax_backward[wide](
+            _get(device.index).compute, n if wide else _of_rows(n), _BLOCK, dx, dy, y,
+            n, f,
+        )  # fmt: skip
+    return dx
+
+
+def nll_loss_forward(log_probs, labels):
+    n, f = shapes.check_labels("log_probs", log_probs.shape, labels.shape)
+    _int32("labels", labels)
+    device = log_probs.device
+    loss = empty_on_gpu((), _FLOAT32, device)
+    _nll_loss_forward(
+        _get(device.index).compute, 1, _BLOCK, loss, log_probs, labels, n, f
+    )
+    return loss
+
+
+def nll_loss_backward(log_probs, labels):
+    n, f = shapes.check_labels("log_probs", log_probs.shape, labels.shape)
+    _int32("labels", labels)
+    device = log_probs.device
+    dlog_probs = empty_on_gpu((n, f), _FLOAT32, device)
+    if n:
+        _nll_loss_backward(
+            _get(device.index).compute, _of_rows(n), _BLOCK, dlog_probs, labels, n, f
+        )  # fmt: skip
+    return dlog_probs
+
+
+def cross_entropy_forward(logits, labels):
+    shapes.check_labels("logits", logits.shape, labels.shape)
+    log_probs = log_softmax_forward(logits)
+    return nll_loss_forward(log_probs, labels), log_probs
+
+
+def cross_entropy_backward(log_probs, labels):
+    n, f = shapes.check_labels("log_probs", log_probs.shape, labels.shape)
+    _int32("labels", labels)
+    device = log_probs.device
+    dlogits = empty_on_gpu((n, f), _FLOAT32, device)
+    if n:
+        _cross_entropy_backward(
+            _get(device.index).compute, _of_rows(n), _BLOCK, dlogits, log_probs, labels,
+            n, f,
+        )  # fmt: skip
+    return dlogits
+
+
+_argmax = Kernel("data", "argmax", "PPii")
+_count_correct = Kernel("data", "count_correct", "PPPii")
+
+
+def argmax(x):
+    n, f = shapes.check_scores("x", x.shape)
+    device = x.device
+    out = empty_on_gpu((n,), _INT32, device)
+    if n:
+        _argmax(_get(device.index).compute, _of_rows(n), _BLOCK, out, x, n, f)
+    return out
+
+
+def count_correct(scores, labels, total):
+    n, f = shapes.check_labels("scores", scores.shape, labels.shape)
+    shapes.check_scalar("total", total.shape)
+    _int32("labels", labels)
+    _int32("total", total)
+    if n:
+        _count_correct(
+            _get(scores.device.index).compute, _of_rows(n), _BLOCK, total, scores,
+            labels, n, f,
+        )  # fmt: skip
+
+
+# optimizer steps
+
+_rmsprop_step = Kernel("optim", "rmsprop_step", "PPPPPffffq")
+_sgd_step = Kernel("optim", "sgd_step", "PPPPffiq")
+
+
+def _check_step(param, grad, momentum_buffer, lr, momentum, square_avg=None):
+    if momentum and momentum_buffer is None:
+        raise ValueError(
+            f"momentum is {momentum} and needs a momentum_buffer, got None"
+        )
+    shapes.check_scalar("lr", lr.shape)
+    shapes.check_same(
+        param=param.shape,
+        grad=grad.shape,
+        square_avg=None if square_avg is None else square_avg.shape,
+        momentum_buffer=None if momentum_buffer is None else momentum_buffer.shape,
+    )
+
+
+def rmsprop_step(
+    param, grad, square_avg, momentum_buffer, lr, alpha, eps, weight_decay, momentum
+):
+    _check_step(param, grad, momentum_buffer, lr, momentum, square_avg)
+    n = param.size
+    if n:
+        _rmsprop_step(
+            _get(param.device.index).compute, _strided(n), _BLOCK, param, grad,
+            square_avg, momentum_buffer if momentum else None, lr, alpha, eps,
+            weight_decay, momentum, n,
+        )  # fmt: skip
+
+
+def sgd_step(param, grad, momentum_buffer, lr, momentum, weight_decay, nesterov):
+    _check_step(param, grad, momentum_buffer, lr, momentum)
+    n = param.size
+    if n:
+        _sgd_step(
+            _get(param.device.index).compute, _strided(n), _BLOCK, param, grad,
+            momentum_buffer if momentum else None, lr, momentum, weight_decay,
+            int(nesterov), n,
+        )  # fmt: skip
+
+
+# data
+
+_permutation = Kernel("data", "permutation", "PiQui")
+_gather_uint8 = Kernel("data", "gather_images_uint8", "PPPiiiff")
+_gather_float32 = Kernel("data", "gather_images_float32", "PPPiiiff")
+_gather_labels = Kernel("data", "gather_labels", "PPPii")
+
+
+def permutation(count, seed, epoch, device):
+    count = shapes.check_count(count)
+    device = as_device(device)
+    order = empty_on_gpu((count,), _INT32, device)
+    if count:
+        half_bits = max(1, ceil_div((count - 1).bit_length(), 2))
+        _permutation(
+            _get(device.index).compute, _strided(count), _BLOCK, order, count,
+            int(seed) & (2**64 - 1), int(epoch) & (2**32 - 1), half_bits,
+        )  # fmt: skip
+    return order
+
+
+def gather_images(images, index, scale, shift):
+    shape = shapes.gather_output_shape(images.shape, index.shape)
+    _int32("index", index)
+    device = images.device
+    out = empty_on_gpu(shape, _FLOAT32, device)
+    size = out.size
+    if size:
+        n = shape[0]
+        elements = size // n
+        kernel = _gather_uint8 if images.dtype == _UINT8 else _gather_float32
+        kernel(
+            _get(device.index).compute, _images(n, elements), _BLOCK, out, images,
+            index, n, elements, images.shape[0], scale, shift,
+        )  # fmt: skip
+    return out
+
+
+def gather_labels(labels, index):
+    shape = shapes.gather_output_shape(labels.shape, index.shape)
+    _int32("labels", labels)
+    _int32("index", index)
+    device = labels.device
+    out = empty_on_gpu(shape, _INT32, device)
+    n = shape[0]
+    if n:
+        _gather_labels(
+            _get(device.index).compute, _strided(n), _BLOCK, out, labels, index, n,
+            labels.shape[0],
+        )  # fmt: skip
+    return out
+
+
+_begin_step = Kernel("data", "begin_step", "PPPPPiii")
+
+
+def begin_step(order, position, index, rates, lr):
+    for name, array in (("order", order), ("position", position), ("index", index)):
+        _int32(name, array)
+    _begin_step(
+        _get(order.device.index).compute, 1, _BLOCK, index, order, position, rates, lr,
+        index.size, order.size, 0 if rates is None else rates.size,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from .optimizer import Optimizer, checked, hyperparameter
+
+
+class RMSprop(Optimizer):
+    """Gradients divided by a running root mean square of themselves.
+
+    Parameters
+    ----------
+    params : list of Parameter
+    lr : float
+        Learning rate.
+    alpha : float
+        How much of the running mean stays at each step, from 0 to less than 1. Some
+        call it beta; ``beta=`` is accepted as well.
+    eps : float
+        Added to the root, so that nothing is divided by zero. Must be positive.
+    weight_decay : float
+        L2 penalty: this times the parameter is added to the gradient.
+    momentum : float
+        How much of the last update is kept for the next one.
+    initial_accumulator : float
+        What the running mean starts at. 0, as in PyTorch, makes the first steps large,
+        about lr / sqrt(1 - alpha) whatever the gradient is; a small number, such as
+        1e-3, damps them.
+
+    Notes
+    -----
+    Each step, for every element of parameter p with gradient g (Tieleman and Hinton,
+    2012; eps outside of the root, as in PyTorch)::
+
+        g = g + weight_decay p
+        v = alpha v + (1 - alpha) g^2
+        u = g / (sqrt(v) + eps)
+        b = momentum b + u,  u = b          if there is momentum
+        p = p - lr u
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=0.01,
+        alpha=0.99,
+        eps=1e-8,
+        weight_decay=0.0,
+        momentum=0.0,
+        initial_accumulator=0.0,
+        *,
+        beta=None,
+    ):
+        if beta is not None:
+            if alpha != 0.99:
+                raise TypeError(
+                    f"alpha={alpha!r} and beta={beta!r} are given: they are two names "
+                    f"of one number"
+                )
+            alpha = beta
+        super().__init__(
+            params,
+            lr,
+            {
+                "alpha": checked("alpha", alpha, below=1),
+                "eps": checked("eps", eps, positive=True),
+                "weight_decay": checked("weight_decay", weight_decay),
+                "momentum": checked("momentum", momentum, below=1),
+                "initial_accumulator": checked(
+                    "initial_accumulator", initial_accumulator
+                ),
+            },
+        )
+
+    alpha = hyperparameter("alpha")
+    eps = hyperparameter("eps")
+    weight_decay = hyperparameter("weight_decay")
+    momentum = hyperparameter("momentum")
+    initial_accumulator = hyperparameter("initial_accumulator")
+
+    def _initial_state(self):
+        state = {"square_avg": self.initial_accumulator}
+        if self.momentum:
+            state["momentum_buffer"] = 0.0
+        return state
+
+    def _update(self, ops, run):
+        settings, state = self._settings, run.state
+        ops.rmsprop_step(
+            run.data,
+            run.grad,
+            state["square_avg"],
+            state.get("momentum_buffer"),
+            self._lr_on_device,
+            settings["alpha"],
+            settings["eps"],
+            settings["weight_decay"],
+            settings["momentum"],
+        )

@@ -1,0 +1,268 @@
+"""Shape rules of the operations.
+
+Every operation asks here whether its arguments fit, so that the CPU and the GPU refuse
+the same input with the same words. Only tuples come in: nothing here looks at numbers
+or at memory.
+
+Axis letters, everywhere in cycnn: N batch, C input channels, H W input height and
+width, K output channels, R S filter height and width, P Q output height and width,
+I O inputs and outputs of a linear layer, F features (classes).
+"""
+
+from __future__ import annotations
+
+import operator
+
+from .errors import ShapeError
+
+_INT32_MAX = 2**31 - 1
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up, for integers and ``b > 0``."""
+    return -(-a // b)
+
+
+def pair(value, name: str) -> tuple:
+    """``value`` as (height, width): an integer stands for both.
+
+    Raises
+    ------
+    ShapeError
+        If it is neither an integer nor two of them.
+    """
+    try:
+        if hasattr(value, "__len__"):
+            high, wide = value
+        else:
+            high = wide = value
+        return operator.index(high), operator.index(wide)
+    except (TypeError, ValueError):
+        raise ShapeError(
+            f"{name} is {value!r}: expected an integer, or two of them "
+            f"(height, width)"
+        ) from None
+
+
+def _axes(name: str, shape: tuple, letters: str) -> tuple:
+    if len(shape) != len(letters):
+        raise ShapeError(
+            f"{name} has shape {tuple(shape)}: expected {len(letters)} axes "
+            f"({', '.join(letters)})"
+        )
+    return shape
+
+
+def _equal(name: str, shape: tuple, expected: tuple, why: str) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ShapeError(
+            f"{name} has shape {tuple(shape)}: expected {tuple(expected)}, {why}"
+        )
+
+
+def _at_least(name: str, values: tuple, least: int) -> None:
+    if min(values) < least:
+        raise ShapeError(f"{name} is {tuple(values)}: expected {least} or more")
+
+
+def check_same(**named) -> None:
+    """All shapes are equal; an argument that is None is left out."""
+    given = [(name, shape) for name, shape in named.items() if shape is not None]
+    first, expected = given[0]
+    for name, shape in given[1:]:
+        _equal(name, shape, expected, f"the shape of {first}")
+
+
+def check_scalar(name: str, shape: tuple) -> None:
+    """The shape is ()."""
+    _equal(name, shape, (), "a single number")
+
+
+def check_count(count: int) -> int:
+    """A number of elements that int32 can index, as an int."""
+    try:
+        count = operator.index(count)
+    except TypeError:
+        raise ShapeError(f"count is {count!r}: expected an integer") from None
+    if not 0 <= count <= _INT32_MAX:
+        raise ShapeError(
+            f"count is {count}: expected 0 to {_INT32_MAX}, what int32 can number"
+        )
+    return count
+
+
+# linear
+
+
+def linear_output_shape(x_shape: tuple, w_shape: tuple, bias_shape=None) -> tuple:
+    """(N, O) of x (N, I), weight (O, I) and bias (O,) or None.
+
+    Raises
+    ------
+    ShapeError
+        If they do not fit.
+    """
+    n, inputs = _axes("x", x_shape, "NI")
+    outputs, expected = _axes("weight", w_shape, "OI")
+    _at_least("the shape of weight", w_shape, 1)
+    if inputs != expected:
+        raise ShapeError(
+            f"x has {inputs} features (shape {tuple(x_shape)}), the weight of shape "
+            f"{tuple(w_shape)} expects {expected}"
+        )
+    if bias_shape is not None:
+        _equal("bias", bias_shape, (outputs,), "one for each row of weight")
+    return n, outputs
+
+
+def check_linear_backward(dy_shape, x_shape, w_shape, dw_shape, db_shape) -> None:
+    """The shapes of ``linear_backward`` fit; ``db_shape`` may be None."""
+    y_shape = linear_output_shape(x_shape, w_shape)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+    _check_gradients(dw_shape, w_shape, db_shape)
+
+
+def _check_gradients(dw_shape, w_shape, db_shape) -> None:
+    _equal("dweight", dw_shape, w_shape, "the shape of weight")
+    if db_shape is not None:
+        _equal("dbias", db_shape, w_shape[:1], "one for each output of weight")
+
+
+# convolution and pooling
+
+
+def conv2d_output_shape(
+    x_shape: tuple,
+    w_shape: tuple,
+    stride: tuple = (1, 1),
+    padding: tuple = (0, 0),
+    dilation: tuple = (1, 1),
+    groups: int = 1,
+    bias_shape=None,
+) -> tuple:
+    """(N, K, P, Q) of x (N, C, H, W) and weight (K, C / groups, R, S).
+
+    P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, and Q likewise.
+
+    Raises
+    ------
+    ShapeError
+        If they do not fit, or no output position exists.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    k, c_group, r, s = _axes("weight", w_shape, "KCRS")
+    _at_least("stride", stride, 1)
+    _at_least("padding", padding, 0)
+    _at_least("dilation", dilation, 1)
+    _at_least("the shape of weight", w_shape, 1)
+    if groups < 1 or c % groups or k % groups:
+        raise ShapeError(
+            f"groups is {groups}: it must divide the {c} channels of x and the {k} "
+            f"of weight"
+        )
+    if c_group * groups != c:
+        raise ShapeError(
+            f"x has {c} channels (shape {tuple(x_shape)}), the weight of shape "
+            f"{tuple(w_shape)} with groups={groups} expects {c_group * groups}"
+        )
+    if bias_shape is not None:
+        _equal("bias", bias_shape, (k,), "one for each output channel of weight")
+    sizes = []
+    for size, filter_, step, pad, spread in zip(
+        (h, w), (r, s), stride, padding, dilation
+    ):
+        reach = spread * (filter_ - 1) + 1
+        if size + 2 * pad < reach:
+            raise ShapeError(
+                f"a filter of {(r, s)} with dilation {tuple(dilation)} does not fit "
+                f"into an image of {(h, w)} with padding {tuple(padding)}: make the "
+                f"image or the padding larger, or the filter smaller"
+            )
+        sizes.append((size + 2 * pad - reach) // step + 1)
+    return n, k, *sizes
+
+
+def check_conv2d_backward(
+    dy_shape, x_shape, w_shape, dw_shape, db_shape, stride, padding, dilation, groups
+) -> None:
+    """The shapes of ``conv2d_backward`` fit; ``db_shape`` may be None."""
+    y_shape = conv2d_output_shape(x_shape, w_shape, stride, padding, dilation, groups)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+    _check_gradients(dw_shape, w_shape, db_shape)
+
+
+def pool2d_output_shape(
+    x_shape: tuple, kernel_size: tuple, stride: tuple, padding: tuple = (0, 0)
+) -> tuple:
+    """(N, C, P, Q) of x (N, C, H, W): P = (H + 2 padding - kernel) // stride + 1.
+
+    Raises
+    ------
+    ShapeError
+        If a window does not fit, if a padding is more than half the window (a window
+        could then hold nothing but padding), or if a plane has more elements than the
+        int32 positions of its maxima can number.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    _at_least("kernel_size", kernel_size, 1)
+    _at_least("stride", stride, 1)
+    _at_least("padding", padding, 0)
+    if h * w > _INT32_MAX:
+        raise ShapeError(
+            f"a plane of {h} x {w} is too large: positions are int32, at most "
+            f"{_INT32_MAX} elements"
+        )
+    sizes = []
+    for size, window, step, pad in zip((h, w), kernel_size, stride, padding):
+        if 2 * pad > window:
+            raise ShapeError(
+                f"padding {tuple(padding)} is more than half of the window "
+                f"{tuple(kernel_size)}: make it at most "
+                f"{tuple(k // 2 for k in kernel_size)}"
+            )
+        if size < 1 or size + 2 * pad < window:
+            raise ShapeError(
+                f"a window of {tuple(kernel_size)} does not fit into an image of "
+                f"{(h, w)} with padding {tuple(padding)}"
+            )
+        sizes.append((size + 2 * pad - window) // step + 1)
+    return n, c, *sizes
+
+
+def check_maxpool2d_backward(
+    dy_shape, positions_shape, x_shape, kernel_size, stride, padding
+) -> None:
+    """The shapes of ``maxpool2d_backward`` fit."""
+    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+    _equal("positions", positions_shape, y_shape, "the shape of y")
+
+
+# scores, labels, gathering
+
+
+def check_scores(name: str, shape: tuple) -> tuple:
+    """(N, F) with at least one feature; returned."""
+    n, f = _axes(name, shape, "NF")
+    if f < 1:
+        raise ShapeError(f"{name} has shape {tuple(shape)}: expected 1 feature or more")
+    return n, f
+
+
+def check_labels(name: str, scores_shape: tuple, labels_shape: tuple) -> tuple:
+    """Scores called ``name`` are (N, F) and labels are (N,); returns (N, F)."""
+    n, f = check_scores(name, scores_shape)
+    if tuple(labels_shape) != (n,):
+        raise ShapeError(
+            f"labels have shape {tuple(labels_shape)}: expected {(n,)}, one class "
+            f"index for each row of {name}"
+        )
+    return n, f
+
+
+def gather_output_shape(source_shape: tuple, index_shape: tuple) -> tuple:
+    """(N, ...) of a source (M, ...) and an index (N,)."""
+    if len(source_shape) < 1:
+        raise ShapeError("cannot gather from a single number: expected shape (M, ...)")
+    (n,) = _axes("index", index_shape, "N")
+    return n, *source_shape[1:]

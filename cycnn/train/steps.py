@@ -1,0 +1,186 @@
+"""How the steps of an epoch run: operation by operation, or replayed as a graph.
+
+A training step of a small network is dozens of short kernels, and launching each from
+Python takes longer than running it. On a GPU the step is therefore recorded once, as a
+CUDA graph, and replayed. What differs from step to step lies on the device then: which
+images are next, the learning rate, and the sums of loss and hits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..ops import for_device
+from ..precision import get_precision
+from ..tensor import Tensor, empty
+
+
+class Steps:
+    """The steps of one epoch after the other.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    loader : data.DataLoader
+        Its batches are what the steps train on.
+    """
+
+    def __init__(self, trainer, loader):
+        self.trainer = trainer
+        self.loader = loader
+
+    def begin_epoch(self, tally, epoch, first, total) -> None:
+        """Get ready for the steps from ``first`` on.
+
+        Parameters
+        ----------
+        tally : Tally
+            Where loss and hits go.
+        epoch : int
+        first : int
+            Steps of the epoch that are done already, before an interrupt.
+        total : int
+            Steps of the whole run, which the schedule spans.
+        """
+        raise NotImplementedError
+
+    def run_next(self) -> None:
+        """One step: forward, loss, backward, update."""
+        raise NotImplementedError
+
+    def end_epoch(self) -> None:
+        """Let go of what the epoch needed; called however the epoch ends."""
+
+    def _train(self, images, labels) -> None:
+        trainer = self.trainer
+        scores = trainer.model(images)
+        value = trainer.loss(scores, labels)
+        trainer.model.backward(trainer.loss.backward(), input_grad=False)
+        trainer.optimizer.step()
+        self.tally.add(value, scores, labels)
+
+
+class EagerSteps(Steps):
+    """Each operation is launched as Python comes to it."""
+
+    def begin_epoch(self, tally, epoch, first, total):
+        self.tally = tally
+        self.step, self.total = epoch * len(self.loader) + first, total
+        self.loader.set_epoch(epoch)
+        self.batches = iter(self.loader)
+        # batches that were trained on before an interrupt are passed over
+        for _ in range(first):
+            next(self.batches)
+
+    def run_next(self):
+        images, labels = next(self.batches)
+        trainer = self.trainer
+        if trainer.schedule is not None:
+            factor = trainer.schedule(self.step, self.total)
+            trainer.optimizer.lr = trainer.base_lr * factor
+        self._train(images, labels)
+        self.tally.count(len(labels))
+        self.step += 1
+
+    def end_epoch(self):
+        # a loader that streams ends its thread when its iterator goes
+        self.batches = None
+
+
+class CapturedSteps(Steps):
+    """The whole step is one CUDA graph, from reading the batch to the update.
+
+    The first step of each batch size runs operation by operation, while it is also
+    seen which memory the step needs; then it is recorded. There is a second graph for
+    a smaller last batch. A graph is made anew when what it was recorded with changes:
+    the precision, or where the parameters are.
+
+    Notes
+    -----
+    A recorded kernel keeps its arguments, so a step must not depend on a number that
+    Python computes. The learning rates of the whole run are a table on the device, and
+    the order of the epoch is an index array; a counter there says how far both are.
+    """
+
+    def __init__(self, trainer, loader):
+        super().__init__(trainer, loader)
+        device = loader.device
+        self.ops = for_device(device)
+        self.index = empty(loader.batch_size, "int32", device)
+        # images taken from the order so far, and steps of the run
+        self.position = empty(2, "int32", device)
+        self.order = empty(len(loader.dataset), "int32", device)
+        self.rates = None
+        self.graphs = {}
+        self.recorded_with = None
+
+    def begin_epoch(self, tally, epoch, first, total):
+        trainer, loader = self.trainer, self.loader
+        self.tally = tally
+        self.step, self.total = epoch * len(loader) + first, total
+        done = first * loader.batch_size
+        self.left = len(loader.dataset) - done
+        self.order.copy_(loader.order(epoch))
+        self.position.copy_(np.array([done, self.step], np.int32))
+        if trainer.schedule is not None and self.rates is None:
+            table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
+            self.rates = Tensor(np.array(table, np.float32), loader.device)
+        now = self._signature()
+        if now != self.recorded_with:
+            self.graphs.clear()
+            self.recorded_with = now
+
+    def run_next(self):
+        count = min(self.loader.batch_size, self.left)
+        graph = self.graphs.get(count)
+        if graph is None:
+            graph = new_graph(self.loader.device)
+            graph.rehearse(lambda: self._whole_step(count))
+            graph.record(lambda: self._whole_step(count))
+            self.graphs[count] = graph
+        else:
+            graph.launch()
+        self.tally.count(count)
+        self.left -= count
+        self.step += 1
+
+    def end_epoch(self):
+        trainer = self.trainer
+        if trainer.schedule is not None and self.step:
+            # what the device read from the table, for whoever looks at optimizer.lr
+            factor = trainer.schedule(self.step - 1, self.total)
+            trainer.optimizer.lr = trainer.base_lr * factor
+
+    def _whole_step(self, count):
+        ops, dataset = self.ops, self.loader.dataset
+        held = self.loader.resident()
+        index = self.index[:count]
+        ops.begin_step(
+            self.order, self.position, index, self.rates, self.trainer.optimizer.lr_tensor
+        )
+        images = ops.gather_images(held.images, index, dataset.scale, dataset.shift)
+        self._train(images, ops.gather_labels(held.labels, index))
+
+    def _signature(self):
+        trainer = self.trainer
+        places = [(run.data.ptr, run.data.size) for run in trainer.optimizer.runs]
+        return get_precision(), places, trainer.model.training, id(self.tally)
+
+
+def new_graph(device):
+    """A graph for ``device``; on the CPU, a stand-in that runs the step again."""
+    if not device.is_cuda:
+        return _Rerun()
+    from ..gpu.graph import Graph
+
+    return Graph(device.index)
+
+
+class _Rerun:
+    """What a graph does, without one: shows on the CPU that a step replays."""
+
+    def rehearse(self, function):
+        return function()
+
+    def record(self, function):
+        self.launch = function

@@ -1,0 +1,562 @@
+"""The training loop: forward, loss, backward, update, and what to measure on the way.
+
+Loss and hits are added up on the device. The host reads them at the end of an epoch,
+and in between only for a progress bar, so that on a GPU it runs ahead and the device
+is never idle.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+
+import numpy as np
+
+from .. import random
+from ..data import ArrayDataset, DataLoader
+from ..errors import ShapeError
+from ..nn import LogSoftmax, Sequential
+from ..ops import for_device
+from ..tensor import Tensor, zeros
+from . import checkpoint
+from .history import EpochRecord, History
+from .progress import ProgressBar
+from .steps import CapturedSteps, EagerSteps
+
+_log = logging.getLogger("cycnn")
+
+# What predict() runs at a time: enough to fill a large GPU, and the activations of
+# the reference network stay under 100 MB.
+_PREDICT_BATCH = 1000
+
+
+class Tally:
+    """Loss and hits of many batches, added up on the device.
+
+    A batch's loss is a mean, and every batch but the last has the same size. So the
+    losses of full batches are summed as they are, the last one is kept apart, and the
+    host weighs both when it reads them: one tiny addition a batch.
+
+    What is added on the device (:meth:`add`) and what the host counts (:meth:`count`)
+    are apart, since a replayed step does the first without Python.
+    """
+
+    def __init__(self, device, batch_size):
+        self._ops = for_device(device)
+        self._batch_size = batch_size
+        self._loss_sum = zeros((), device=device)
+        self._rest = zeros((), device=device)
+        self._hits = zeros((), "int32", device)
+        self._full = self._rest_count = 0
+
+    def clear(self):
+        """Begin an epoch."""
+        for tensor in (self._loss_sum, self._rest, self._hits):
+            self._ops.fill(tensor, 0)
+        self._full = self._rest_count = 0
+
+    def add(self, loss, scores, labels):
+        """Add a batch on the device."""
+        full = len(labels) == self._batch_size
+        total = self._loss_sum if full else self._rest
+        self._ops.add(total, loss, total)
+        self._ops.count_correct(scores, labels, self._hits)
+
+    def count(self, images):
+        """Note that a batch of so many images was added."""
+        if images == self._batch_size:
+            self._full += 1
+        else:
+            self._rest_count = images
+
+    def read(self):
+        """Mean loss and share of hits so far. Waits for the device."""
+        count = self._full * self._batch_size + self._rest_count
+        if not count:
+            return float("nan"), float("nan")
+        total = float(self._loss_sum) * self._batch_size
+        if self._rest_count:
+            total += float(self._rest) * self._rest_count
+        return total / count, int(self._hits) / count
+
+    def state(self) -> dict:
+        """Everything, as numbers that JSON keeps exactly."""
+        return {
+            "loss_sum": float(self._loss_sum),
+            "hits": int(self._hits),
+            "full": self._full,
+            "rest": float(self._rest),
+            "rest_count": self._rest_count,
+        }
+
+    def restore(self, state: dict) -> None:
+        self._loss_sum.copy_(np.float32(state["loss_sum"]))
+        self._hits.copy_(np.int32(state["hits"]))
+        self._rest.copy_(np.float32(state["rest"]))
+        self._full, self._rest_count = state["full"], state["rest_count"]
+
+
+class _InterruptGuard:
+    """Makes Ctrl-C wait for the end of the training step that it falls into.
+
+    Without it an interrupt between an update and the counting of that update would
+    leave a state that is no step's, and a run resumed from it would end elsewhere. A
+    second Ctrl-C does not wait. Off the main thread, or where the program handles
+    SIGINT in its own way, the guard stands aside.
+    """
+
+    def __init__(self):
+        self.in_step = False
+        self._pending = False
+
+    def __enter__(self):
+        self._installed = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._installed:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _on_signal(self, number, frame):
+        if self.in_step and not self._pending:
+            self._pending = True
+        else:
+            raise KeyboardInterrupt
+
+    def leave_step(self):
+        self.in_step = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+
+class Trainer:
+    """Trains a classifier and says how good it is.
+
+    Parameters
+    ----------
+    model : nn.Layer
+        Maps images (N, C, H, W) to scores (N, classes). Training runs on the device
+        that it is on.
+    loss : nn.NLLLoss or nn.CrossEntropyLoss
+        Whatever fits the model's output: NLLLoss for a model that ends in LogSoftmax,
+        CrossEntropyLoss for one that ends in plain scores.
+    optimizer : optim.Optimizer
+        Of the model's parameters. Its learning rate at this moment is the base that
+        the schedule multiplies.
+    schedule : callable, optional
+        ``schedule(step, total_steps)`` gives the multiplier of the base learning rate
+        at each step, both counted over the whole run. See ``optim.schedules``. None
+        leaves the optimizer's learning rate alone.
+    capture : bool, optional
+        Record each training step as a CUDA graph and replay it, which gives the same
+        numbers in a fraction of the time. Default: on a GPU, where the training set
+        fits into its memory. Layers of one's own must then do the same operations in
+        every step, and not read results on the host.
+
+    Attributes
+    ----------
+    history : History
+        One record for every finished epoch; still there when :meth:`fit` ends early.
+    epoch, step : int
+        Finished epochs of the run, and finished steps of the epoch under way.
+    epochs, steps_per_epoch : int
+        What the last call of :meth:`fit` was asked for.
+    seed : int or None
+        What the order of the images depends on, together with the epoch.
+
+    Notes
+    -----
+    A callback is a callable, called as ``callback(trainer, record)`` after every
+    epoch, or an object with any of these methods::
+
+        on_fit_start(trainer)           on_fit_end(trainer), however fit ends
+        on_step_end(trainer)            on_epoch_end(trainer, record)
+
+    It may call ``trainer.stop()``, ``trainer.save(path)`` and ``trainer.running()``.
+    """
+
+    def __init__(self, model, loss, optimizer, schedule=None, capture=None):
+        self.model = model
+        self.loss = loss
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.capture = capture
+        self.base_lr = optimizer.lr
+        self.history = History()
+        self.epoch = self.step = 0
+        self.epochs = self.steps_per_epoch = 0
+        self.seed = None
+        # What the order of batches depends on, kept while an epoch is under way.
+        self._order = None
+        # Loss and hits of the epoch under way; and the same of an epoch that was saved
+        # or interrupted, as numbers, until it goes on.
+        self._tally = None
+        self._partial = None
+        self._seconds = 0.0
+        self._started = None
+        self._stopped = False
+
+    # training
+
+    def fit(
+        self,
+        train,
+        epochs,
+        batch_size,
+        *,
+        shuffle=True,
+        seed=None,
+        test=None,
+        callbacks=(),
+        progress=False,
+    ) -> History:
+        """Train until the run has ``epochs`` epochs.
+
+        Epochs done earlier count: after an interrupt or :meth:`resume`, the same call
+        carries on where the run stood, and after ``fit(..., epochs=3)`` a call with
+        ``epochs=5`` adds two.
+
+        Parameters
+        ----------
+        train : data.ArrayDataset
+        epochs : int
+            Epochs of the whole run; the schedule spans them all.
+        batch_size : int
+            Images a step. The last batch of an epoch holds what is left.
+        shuffle : bool
+            Whether each epoch has an order of its own. It depends on the seed and the
+            epoch alone.
+        seed : int, optional
+            Seed of the order. Default: the run's own, drawn from
+            :func:`cycnn.manual_seed`'s generator when the run starts.
+        test : data.ArrayDataset, optional
+            Evaluated after every epoch.
+        callbacks : sequence
+            See the class's notes.
+        progress : bool
+            Show a :class:`ProgressBar`.
+
+        Returns
+        -------
+        History
+            The run's, which is also ``trainer.history``.
+
+        Raises
+        ------
+        ValueError
+            For an empty training set, numbers that make no sense, or an order of
+            batches that contradicts the epoch under way.
+        KeyboardInterrupt
+            Ctrl-C, once the step under way is complete. ``history``, :meth:`save` and
+            another :meth:`fit` work afterwards.
+        """
+        if epochs < 1 or batch_size < 1:
+            raise ValueError(
+                f"epochs and batch_size must be at least 1, got {epochs} and "
+                f"{batch_size}"
+            )
+        if len(train) == 0:
+            raise ValueError("the training set is empty")
+        if seed is None:
+            seed = self.seed if self.seed is not None else random.draw_seed()
+        self._check_order(seed, bool(shuffle), batch_size, len(train))
+        self.seed = seed
+        if self.step:
+            # an interrupted epoch; the model may have moved to another device since
+            self._partial = self._tally_state()
+
+        device = self.model.device
+        loader = DataLoader(
+            train, batch_size, shuffle=shuffle, seed=seed, device=device
+        )
+        test_loader = None
+        if test is not None:
+            test_loader = DataLoader(test, _PREDICT_BATCH, device=device)
+        self.epochs, self.steps_per_epoch = epochs, len(loader)
+        self._tally = Tally(device, batch_size)
+        steps = self._steps(loader)
+        self._stopped = False
+        if self.epoch >= epochs:
+            _log.warning(
+                "nothing to train: the run has %d epochs already and was asked for %d",
+                self.epoch,
+                epochs,
+            )
+        callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
+        _notify(callbacks, "on_fit_start", self)
+        try:
+            with _InterruptGuard() as guard:
+                while self.epoch < epochs and not self._stopped:
+                    self._run_epoch(steps, callbacks, guard)
+                    self._finish_epoch(len(train), test_loader, callbacks)
+        finally:
+            self._pause_clock()
+            _notify(callbacks, "on_fit_end", self)
+        return self.history
+
+    def stop(self) -> None:
+        """Let :meth:`fit` end after the epoch under way. For callbacks."""
+        self._stopped = True
+
+    def running(self) -> dict:
+        """Loss, accuracy and images per second of the epoch so far.
+
+        On a GPU this waits for the steps that are under way. In a callback at the end
+        of a step; there is no such epoch outside of :meth:`fit`.
+        """
+        if not self.step:
+            raise RuntimeError("no epoch is under way")
+        loss, accuracy = self._tally.read()
+        images = min(self.step * self._order["batch_size"], self._order["images"])
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "images_per_second": images / self._elapsed(),
+        }
+
+    def _check_order(self, seed, shuffle, batch_size, images):
+        order = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "batch_size": batch_size,
+            "images": images,
+        }
+        if self.step:
+            for name, value in order.items():
+                if value != self._order[name]:
+                    raise ValueError(
+                        f"epoch {self.epoch + 1} is under way with {name} "
+                        f"{self._order[name]}, so it cannot go on with {value}"
+                    )
+        self._order = order
+
+    def _steps(self, loader):
+        capture = self.capture
+        if capture is None:
+            capture = loader.device.is_cuda
+        if capture and loader.resident() is not None:
+            return CapturedSteps(self, loader)
+        return EagerSteps(self, loader)
+
+    def _tally_state(self):
+        """Loss and hits of an epoch that is under way, as numbers."""
+        if self._partial is not None:
+            return self._partial
+        return self._tally.state() if self.step else None
+
+    def _run_epoch(self, steps, callbacks, guard):
+        tally = self._tally
+        tally.clear()
+        if self._partial is not None:
+            tally.restore(self._partial)
+            self._partial = None
+        watchers = [c for c in callbacks if hasattr(c, "on_step_end")]
+        self.model.train()
+        self._started = time.perf_counter()
+        total = self.epochs * self.steps_per_epoch
+        steps.begin_epoch(tally, self.epoch, self.step, total)
+        try:
+            while self.step < self.steps_per_epoch:
+                guard.in_step = True
+                steps.run_next()
+                self.step += 1
+                guard.leave_step()
+                for watcher in watchers:
+                    watcher.on_step_end(self)
+        finally:
+            steps.end_epoch()
+
+    def _finish_epoch(self, images, test_loader, callbacks):
+        loss, accuracy = self._tally.read()
+        self._pause_clock()
+        seconds = self._seconds
+        test = {"loss": None, "accuracy": None}
+        if test_loader is not None:
+            test = self._evaluate(test_loader)
+        record = EpochRecord(
+            epoch=self.epoch + 1,
+            loss=loss,
+            accuracy=accuracy,
+            lr=self.optimizer.lr,
+            seconds=seconds,
+            images_per_second=images / seconds,
+            test_loss=test["loss"],
+            test_accuracy=test["accuracy"],
+        )
+        self.history.append(record)
+        self.epoch += 1
+        self.step = 0
+        self._seconds = 0.0
+        _notify(callbacks, "on_epoch_end", self, record)
+
+    def _elapsed(self) -> float:
+        """Seconds of training in the epoch under way, pauses left out."""
+        running = 0.0
+        if self._started is not None:
+            running = time.perf_counter() - self._started
+        return self._seconds + running
+
+    def _pause_clock(self):
+        self._seconds, self._started = self._elapsed(), None
+
+    # using the model
+
+    def evaluate(self, dataset, batch_size=_PREDICT_BATCH) -> dict:
+        """Mean loss and accuracy over a data set.
+
+        Returns
+        -------
+        dict
+            ``{"loss": float, "accuracy": float}``, accuracy from 0 to 1; NaN for an
+            empty set.
+        """
+        return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
+
+    def _evaluate(self, loader):
+        tally = Tally(self.model.device, loader.batch_size)
+        for scores, labels in self._scores(loader):
+            tally.add(self.loss(scores, labels), scores, labels)
+            tally.count(len(labels))
+        loss, accuracy = tally.read()
+        return {"loss": loss, "accuracy": accuracy}
+
+    def predict(self, images) -> np.ndarray:
+        """The class of each image: int32, shape (N,).
+
+        Parameters
+        ----------
+        images : ndarray, Tensor or data.ArrayDataset
+            Shape (N, C, H, W). A dataset is scaled and shifted as it says. An array
+            or tensor is taken as it is: floating-point numbers on the scale that the
+            model was trained on.
+        """
+        ops = for_device(self.model.device)
+        parts = [
+            ops.argmax(scores).numpy()
+            for scores, _ in self._scores(self._batches(images))
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def predict_proba(self, images) -> np.ndarray:
+        """The probability of each class for each image: float32, shape (N, classes).
+
+        These are the exponentials of the output of a model that ends in LogSoftmax,
+        and the softmax of the output of any other.
+
+        Parameters
+        ----------
+        images : ndarray, Tensor or data.ArrayDataset
+            As for :meth:`predict`, at least one image.
+        """
+        ops = for_device(self.model.device)
+        is_log = _ends_in_log_softmax(self.model)
+        parts = []
+        for scores, _ in self._scores(self._batches(images)):
+            log_probs = scores if is_log else ops.log_softmax_forward(scores)
+            parts.append(np.exp(log_probs.numpy()))
+        if not parts:
+            raise ShapeError("predict_proba needs at least one image, got none")
+        return np.concatenate(parts)
+
+    def _batches(self, images):
+        if isinstance(images, ArrayDataset):
+            yield from DataLoader(images, _PREDICT_BATCH, device=self.model.device)
+            return
+        if not isinstance(images, Tensor):
+            images = np.asarray(images)
+        for start in range(0, len(images), _PREDICT_BATCH):
+            part = images[start : start + _PREDICT_BATCH]
+            yield Tensor(part, self.model.device), None
+
+    def _scores(self, batches):
+        """The model's output for each batch, in evaluation mode."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for images, labels in batches:
+                yield self.model(images), labels
+        finally:
+            if was_training:
+                self.model.train()
+
+    # checkpoints
+
+    def save(self, path) -> None:
+        """Write the whole run to one file, from which it can go on exactly.
+
+        The file (safetensors) holds parameters, optimizer state, position, seed and
+        history. It is written beside ``path`` and renamed, so that an interrupted save
+        leaves the old file whole.
+        """
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seed": self.seed,
+            "base_lr": self.base_lr,
+            "seconds": self._elapsed(),
+            "order": self._order,
+            "tally": self._tally_state(),
+            "history": self.history.to_list(),
+        }
+        checkpoint.save(path, self.model, self.optimizer, self.schedule, state)
+
+    @classmethod
+    def resume(
+        cls, path, model, loss, optimizer, schedule=None, capture=None
+    ) -> Trainer:
+        """A trainer that goes on where the saved one stood.
+
+        Parameters
+        ----------
+        path : path of a file that :meth:`save` wrote
+        model, loss, optimizer, schedule, capture
+            Made as for the saved run. Parameters and optimizer state are overwritten
+            by those of the file.
+
+        Returns
+        -------
+        Trainer
+            Call :meth:`fit` as for the whole run; on the same kind of device it ends
+            with the same bits as a run that was never interrupted.
+
+        Raises
+        ------
+        DataError
+            If the file is no checkpoint, is damaged, or was made by another model,
+            optimizer or schedule; the message names the first difference. Nothing is
+            changed then.
+        FileNotFoundError
+        """
+        state = checkpoint.load(path, model, optimizer, schedule)
+        trainer = cls(model, loss, optimizer, schedule, capture)
+        trainer.epoch = state["epoch"]
+        trainer.step = state["step"]
+        trainer.seed = state["seed"]
+        trainer.base_lr = state["base_lr"]
+        trainer.history = History.from_list(state["history"])
+        trainer._seconds = state["seconds"]
+        trainer._order = state["order"]
+        trainer._partial = state["tally"]
+        return trainer
+
+
+def _notify(callbacks, event, *args):
+    for callback in callbacks:
+        method = getattr(callback, event, None)
+        if method is not None:
+            method(*args)
+        elif event == "on_epoch_end" and callable(callback):
+            callback(*args)
+
+
+def _ends_in_log_softmax(model) -> bool:
+    while isinstance(model, Sequential) and len(model):
+        model = model[-1]
+    return isinstance(model, LogSoftmax)

@@ -1,0 +1,168 @@
+"""The record of the GPU tests: when it counts, and that nothing green is false."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location(
+    "gpu_record", ROOT / "tools" / "gpu_record.py"
+)
+gpu_record = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu_record)
+
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+NO_LEAKS = "========= LEAK SUMMARY: 0 bytes leaked in 0 allocations\n"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The covered sources of this checkout, to change at will."""
+    for pattern in gpu_record.COVERED:
+        for path in ROOT.glob(pattern):
+            to = tmp_path / path.relative_to(ROOT)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, to)
+    return tmp_path
+
+
+def write_record(path, digest):
+    content = {
+        "tests": {"passed": 12},
+        "device": "a GPU",
+        "date": "2026-01-02T03:04:05+00:00",
+        "sanitizer": {"memcheck": {}},
+        "digest": digest,
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_record_of_these_sources_is_current(tree):
+    write_record(tree / "record", gpu_record.digest(tree))
+    current, line = gpu_record.check(tree / "record", tree)
+    assert current and "12 tests passed on a GPU on 2026-01-02" in line
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "rename", "remove"])
+def test_any_change_of_a_source_makes_the_record_stale(tree, change):
+    write_record(tree / "record", gpu_record.digest(tree))
+    source = tree / "cycnn" / "gpu" / "memory.pyx"
+    if change == "edit":
+        source.write_bytes(source.read_bytes() + b"\n")
+    elif change == "add":
+        source.with_name("another.py").write_text("")
+    elif change == "rename":
+        source.rename(source.with_name("memories.pyx"))
+    else:
+        source.unlink()
+    current, line = gpu_record.check(tree / "record", tree)
+    assert not current and line.startswith("STALE")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cycnn/gpu/memory.cpp", "cycnn/gpu/memory.so", "tests/gpu/__pycache__/a.pyc"],
+)
+def test_generated_files_do_not_count(tree, name):
+    before = gpu_record.digest(tree)
+    (tree / name).parent.mkdir(exist_ok=True)
+    (tree / name).write_bytes(b"made")
+    assert gpu_record.digest(tree) == before
+
+
+def test_missing_and_damaged_records(tree):
+    record = tree / "record"
+    assert gpu_record.check(record, tree)[1].startswith("MISSING")
+    for content in ("", "{}", "[]", '{"digest": 1}'):
+        record.write_text(content)
+        current, line = gpu_record.check(record, tree)
+        assert not current and line.startswith("DAMAGED")
+
+
+@pytest.mark.parametrize(
+    "status, output",
+    [
+        (86, CLEAN),
+        (0, "12 passed in 1.00s"),
+        (0, "========= ERROR SUMMARY: 3 errors\n"),
+        (0, CLEAN + "========= ERROR SUMMARY: 10 errors\n"),
+        (255, "Target application terminated before first instrumented API call\n"),
+    ],
+)
+def test_a_sanitizer_run_that_does_not_count(status, output):
+    with pytest.raises(gpu_record.Failed, match="memcheck"):
+        gpu_record.judge_sanitizer("memcheck", status, output)
+
+
+def test_a_clean_sanitizer_run():
+    gpu_record.judge_sanitizer("memcheck", 0, CLEAN)
+    racecheck = "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+    gpu_record.judge_sanitizer("racecheck", 0, racecheck)
+
+
+@pytest.mark.parametrize(
+    "counts, left_out",
+    [
+        ({"passed": 9, "failed": 0, "skipped": 0}, 2),
+        ({"passed": 10, "failed": 0, "skipped": 2}, 0),
+        ({"passed": 10, "failed": 2, "skipped": 0}, 0),
+        ({"passed": 0, "failed": 0, "skipped": 0}, 12),
+    ],
+)
+def test_sanitized_tests_must_be_those_of_the_plain_run(counts, left_out):
+    with pytest.raises(gpu_record.Failed):
+        gpu_record.judge_sanitized_tests(counts, left_out, {"passed": 12})
+
+
+def test_leaks():
+    gpu_record.judge_leaks(0, NO_LEAKS + CLEAN)
+    for output in (CLEAN, NO_LEAKS.replace("0 bytes", "512 bytes") + CLEAN, NO_LEAKS):
+        with pytest.raises(gpu_record.Failed):
+            gpu_record.judge_leaks(0, output)
+
+
+@pytest.mark.parametrize(
+    "status, counts",
+    [
+        (0, {"passed": 0, "failed": 0, "skipped": 0}),
+        (0, {"passed": 5, "failed": 0, "skipped": 1}),
+        (1, {"passed": 5, "failed": 1, "skipped": 0}),
+        (3, {"passed": 5, "failed": 0, "skipped": 0}),
+    ],
+)
+def test_a_plain_run_that_does_not_count(status, counts):
+    with pytest.raises(gpu_record.Failed, match="passed"):
+        gpu_record.judge_tests(status, counts)
+
+
+TESTS = """
+import pytest
+@pytest.mark.parametrize("n", range(3))
+def test_good(n): pass
+def test_left_out(): pass
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    "extra, passed, failed, skipped",
+    [("", 3, 0, 0), ("def test_bad(): assert 0", 3, 1, 0)]
+    + [("def test_skip(): pytest.skip()", 3, 0, 1), ("1 / 0", 0, 1, 0)],
+)
+def test_counts_are_what_pytest_says(pytester, extra, passed, failed, skipped):
+    pytester.makepyfile(TESTS.format(extra))
+    done = pytester.runpytest("--junitxml=report.xml", "-k", "not left_out")
+    counts = gpu_record.junit_counts(Path("report.xml"))
+    assert counts == {"passed": passed, "failed": failed, "skipped": skipped}
+    if passed:
+        assert gpu_record.deselected(done.stdout.str()) == 1
+
+
+def test_a_run_without_report_or_closing_line(tmp_path):
+    with pytest.raises(gpu_record.Failed):
+        gpu_record.junit_counts(tmp_path / "report.xml")
+    with pytest.raises(gpu_record.Failed):
+        gpu_record.deselected("collected 3 items\n")

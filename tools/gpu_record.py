@@ -1,0 +1,358 @@
+"""Run the GPU tests, also under compute-sanitizer, and write down that they passed.
+
+    python tools/gpu_record.py              run; writes tests/gpu_record.json
+    python tools/gpu_record.py --check      does the record belong to the sources?
+
+The record carries a digest of every source that runs on a GPU. It is written only where
+everything passed. compute-sanitizer's exit status alone does not say so (a program that
+never ran a kernel can look clean), so its summary and pytest's own counts are demanded
+too.
+
+This script needs nothing but Python; what it runs needs a GPU, cycnn and pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "tests" / "gpu_record.json"
+# What runs on the GPU, and what tests it. Generated files have other suffixes.
+COVERED = (
+    "cuda/*.cu",
+    "cuda/*.cuh",
+    "cycnn/gpu/*.py",
+    "cycnn/gpu/*.pyx",
+    "cycnn/gpu/*.pxd",
+    "cycnn/ops/cuda.py",
+    "cycnn/tensor.py",
+    "cycnn/_dlpack.pyx",
+    "tests/gpu/*.py",
+)
+# Apart from a test's own failure (1) and a crash, so that the cause can be told.
+ERROR_EXIT = 86
+# Options of each tool; those in OPTIONAL are left out where the tool lacks them.
+TOOLS = {
+    "memcheck": ["--padding", "512"],
+    "racecheck": ["--racecheck-report", "all"],
+    "initcheck": [],
+    "synccheck": [],
+}
+OPTIONAL = ("--padding", "--racecheck-report")
+# Libraries probe the driver with calls that may fail: those are not our errors.
+COMMON = [
+    "--target-processes", "all",
+    "--error-exitcode", str(ERROR_EXIT),
+    "--report-api-errors", "no",
+    "--print-limit", "50",
+]  # fmt: skip
+
+DEVICE_QUERY = """
+import json
+import cycnn
+from cuda.bindings import __version__ as bindings, runtime
+from cycnn.gpu import compile, device
+reason = cycnn.cuda_unavailable_reason()
+if reason is not None:
+    raise SystemExit("no GPU: " + reason)
+try:
+    nvrtc = compile.nvrtc_version_text()
+except cycnn.CudaError:
+    nvrtc = None
+gpu = device.get(0)
+print(json.dumps({
+    "device": gpu.name,
+    "compute_capability": "%d.%d" % tuple(gpu.capability),
+    "cuda_driver_api": runtime.cudaDriverGetVersion()[1],
+    "cuda_runtime": runtime.cudaRuntimeGetVersion()[1],
+    "cuda_bindings": bindings,
+    "nvrtc": nvrtc,
+    "cycnn": cycnn.__version__,
+}))
+"""
+
+
+class Failed(Exception):
+    """A step did not pass; the text says what is wrong."""
+
+
+def digest(root: Path = ROOT) -> str:
+    """SHA-256 over the paths and contents of the covered sources."""
+    found = hashlib.sha256()
+    files = {path for pattern in COVERED for path in root.glob(pattern)}
+    for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
+        content = path.read_bytes()
+        name = path.relative_to(root).as_posix().encode()
+        found.update(b"%d %s %d\n" % (len(name), name, len(content)) + content)
+    return found.hexdigest()
+
+
+def check(record: Path = RECORD, root: Path = ROOT) -> tuple[bool, str]:
+    """Whether the record belongs to the sources as they are, and a line that says so."""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        ran = (
+            f"{content['tests']['passed']} tests passed on {content['device']} on "
+            f"{content['date'][:10]}"
+        )
+        recorded = content["digest"]
+    except FileNotFoundError:
+        return False, f"MISSING: there is no {record.name}; run make gpu"
+    except (ValueError, KeyError, TypeError) as error:
+        return False, f"DAMAGED: {record.name}: {error!r}; run make gpu"
+    if recorded != digest(root):
+        return False, f"STALE: {ran}, but the sources changed since; run make gpu"
+    return True, f"CURRENT: {ran}, and under {', '.join(content['sanitizer'])}"
+
+
+# Reading what the tools say
+
+
+def junit_counts(path: Path) -> dict:
+    """Counts of a pytest run from its JUnit file."""
+    if not path.is_file():
+        raise Failed("pytest wrote no report: it did not come to its end")
+    root = xml.etree.ElementTree.parse(path).getroot()
+    suite = root if root.tag == "testsuite" else root.find("testsuite")
+    number = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
+    bad = number["failures"] + number["errors"]
+    return {
+        "passed": number["tests"] - bad - number["skipped"],
+        "failed": bad,
+        "skipped": number["skipped"],
+    }
+
+
+def deselected(output: str) -> int:
+    """How many tests pytest left out, from its last line."""
+    lines = re.findall(r"^=+ .*\bin [\d.:]+s?.* =+$", output, re.MULTILINE)
+    if not lines:
+        raise Failed("pytest's closing line is missing")
+    found = re.search(r"(\d+) deselected", lines[-1])
+    return int(found[1]) if found else 0
+
+
+def judge_tests(status: int, counts: dict) -> None:
+    if status or counts["failed"] or counts["skipped"] or not counts["passed"]:
+        raise Failed(
+            f"the GPU tests: {counts['passed']} passed, {counts['failed']} failed, "
+            f"{counts['skipped']} skipped (exit status {status})"
+        )
+
+
+def judge_sanitizer(tool: str, status: int, output: str) -> None:
+    """Passes only where the tool itself says that it saw the end and found nothing."""
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", output)
+    clean = [s for s in summaries if re.match(r"0 (errors|hazards)", s)]
+    if status or not summaries or len(clean) != len(summaries):
+        said = "; ".join(summaries) or "no summary: the tool did not come to its end"
+        raise Failed(f"compute-sanitizer {tool}: {said} (exit status {status})")
+
+
+def judge_sanitized_tests(counts: dict, left_out: int, plain: dict) -> None:
+    if counts["failed"] or counts["skipped"]:
+        raise Failed(
+            f"under the sanitizer {counts['failed']} tests failed and "
+            f"{counts['skipped']} were skipped"
+        )
+    if not counts["passed"] or counts["passed"] + left_out != plain["passed"]:
+        raise Failed(
+            f"under the sanitizer {counts['passed']} tests passed and {left_out} were "
+            f"left out, which is not the {plain['passed']} of the plain run"
+        )
+
+
+def judge_leaks(status: int, output: str) -> None:
+    judge_sanitizer("memcheck --leak-check full", status, output)
+    summaries = re.findall(r"LEAK SUMMARY: (\d+) bytes leaked in (\d+)", output)
+    if not summaries or any(summary != ("0", "0") for summary in summaries):
+        raise Failed(f"leak check: {summaries or 'no leak summary'}")
+
+
+# Running
+
+
+def find_sanitizer() -> str:
+    """compute-sanitizer: on the path, of a toolkit, or of the PyPI wheel."""
+    folders = [
+        Path(home) / "bin"
+        for home in (
+            os.environ.get("CUDA_HOME"),
+            os.environ.get("CUDA_PATH"),
+            "/usr/local/cuda",
+        )
+        if home
+    ]
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        folders.append(Path(folder) / "cu13" / "bin")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
+    found = shutil.which("compute-sanitizer", path=path)
+    if found is None:
+        raise Failed(
+            "compute-sanitizer is not on PATH, nor in CUDA_HOME, /usr/local/cuda or "
+            "site-packages (pip install nvidia-cuda-sanitizer-api)"
+        )
+    return found
+
+
+def sanitizer_command(sanitizer: str, tool: str) -> list[str]:
+    known = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
+    options = TOOLS[tool]
+    if options and options[0] in OPTIONAL and options[0] not in known:
+        options = []
+    return [sanitizer, "--tool", tool, *COMMON, *options]
+
+
+def run(command, **environment) -> tuple[int, str, float]:
+    """Run a command in tests/, showing what it prints; (status, output, seconds)."""
+    print("$", " ".join(map(str, command)), flush=True)
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        # not in the root: there `python -m pytest` would import cycnn from the sources
+        cwd=ROOT / "tests",
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines), round(time.monotonic() - start, 1)
+
+
+def pytest_command(report: Path) -> list:
+    return [
+        sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
+        f"--junitxml={report}", str(ROOT / "tests" / "gpu"),
+    ]  # fmt: skip
+
+
+def query_device() -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICE_QUERY],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = done.stderr.strip() or "the GPU could not be asked"
+        raise Failed(said.splitlines()[-1])
+    found = json.loads(done.stdout)
+    found["driver"] = driver_version()
+    return found
+
+
+def driver_version() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 and done.stdout else None
+
+
+def make_record(tools: list[str]) -> dict:
+    """Run everything; Failed at the first step that does not pass."""
+    covered = digest()
+    record = query_device()
+    print(f"GPU: {record['device']}, driver {record['driver']}", flush=True)
+    sanitizer = find_sanitizer()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "plain.xml"
+        status, _, seconds = run(pytest_command(report), CYCNN_REQUIRE_GPU="1")
+        plain = junit_counts(report)
+        judge_tests(status, plain)
+        record["tests"] = {**plain, "seconds": seconds}
+        record["sanitizer"] = {}
+        for tool in tools:
+            report = Path(folder) / f"{tool}.xml"
+            status, output, seconds = run(
+                [*sanitizer_command(sanitizer, tool), *pytest_command(report)],
+                CYCNN_REQUIRE_GPU="1",
+                CYCNN_SANITIZE="1",
+                CYCNN_PLAIN_ALLOC="1",
+            )
+            judge_sanitizer(tool, status, output)
+            counts, left_out = junit_counts(report), deselected(output)
+            judge_sanitized_tests(counts, left_out, plain)
+            record["sanitizer"][tool] = {
+                "errors": 0,
+                "passed": counts["passed"],
+                "left_out": left_out,
+                "seconds": seconds,
+            }
+    status, output, seconds = run(
+        [
+            *sanitizer_command(sanitizer, "memcheck"),
+            *("--leak-check", "full", sys.executable),
+            ROOT / "tools" / "leak_check.py",
+        ],
+        CYCNN_PLAIN_ALLOC="1",
+    )
+    judge_leaks(status, output)
+    record["leaks"] = {"bytes": 0, "seconds": seconds}
+    if digest() != covered:
+        raise Failed("the sources changed while the tests ran")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    record["date"] = now.isoformat(timespec="seconds")
+    record["digest"] = covered
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the record with the sources"
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="test the checkout as built in place, not the installed package",
+    )
+    parser.add_argument(
+        "--tool",
+        action="append",
+        choices=TOOLS,
+        help="sanitizer tool to run the tests under; may be repeated (memcheck)",
+    )
+    options = parser.parse_args()
+    if options.check:
+        current, line = check()
+        print(f"gpu-check: {line}")
+        return 0 if current else 1
+    if options.in_place:
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    try:
+        record = make_record(options.tool or ["memcheck"])
+    except Failed as error:
+        print(f"gpu: FAILED, {error}. {RECORD.name} is left as it was.")
+        return 1
+    temporary = RECORD.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    temporary.replace(RECORD)
+    print(f"gpu: passed. Wrote {RECORD.relative_to(ROOT)}: {check()[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
