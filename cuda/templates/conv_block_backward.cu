@@ -43,7 +43,7 @@ constexpr int QQ = ((W + 2 * PAD_W - S) / STRIDE_W + 1) / WIN_W;
 constexpr int P = PP * WIN_H, Q = QQ * WIN_W;
 constexpr int RS = R * S;
 // numbers a word holds
-constexpr int E = PRECISION == MODE_BF16 ? 2 : 1;
+constexpr int E = MODE == MODE_BF16 ? 2 : 1;
 
 __host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -57,13 +57,13 @@ __host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 
 
 // A number on its way through registers into shared memory.
 __device__ __forceinline__ u32 operand(float x) {
-  return PRECISION == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
+  return MODE == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
 }
 // A float that was copied into shared memory as it is, on its way to a product: half a unit
 // is added here and the tensor core cuts the rest off. (A NaN of all ones would pass for 0;
 // NaNs in x and weight have met the loss long before.)
 __device__ __forceinline__ u32 copied_operand(u32 word) {
-  return PRECISION == MODE_TF32 ? word + 0x1000u : word;
+  return MODE == MODE_TF32 ? word + 0x1000u : word;
 }
 
 // acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
@@ -77,8 +77,8 @@ struct Split {
   }
 };
 __device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if (PRECISION != MODE_FP32) {
-    mma<PRECISION>(acc, a, b0, b1);
+  if (MODE != MODE_FP32) {
+    mma<MODE>(acc, a, b0, b1);
     return;
   }
   const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);

@@ -19,7 +19,7 @@
 #include "fused.cuh"
 
 constexpr int THREADS = 256, WARPS = 8;
-constexpr int E = PRECISION == MODE_BF16 ? 2 : 1;  // numbers a word holds
+constexpr int E = MODE == MODE_BF16 ? 2 : 1;  // numbers a word holds
 constexpr int DEPTH = WORDS;                       // words of the contraction a stage holds
 
 __host__ __device__ constexpr int stride(int size, int residue) {
@@ -28,7 +28,7 @@ __host__ __device__ constexpr int stride(int size, int residue) {
 __host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
 
 __device__ __forceinline__ u32 operand(float x) {
-  return PRECISION == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
+  return MODE == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
 }
 
 // acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
@@ -42,8 +42,8 @@ struct Split {
   }
 };
 __device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if (PRECISION != MODE_FP32) {
-    mma<PRECISION>(acc, a, b0, b1);
+  if (MODE != MODE_FP32) {
+    mma<MODE>(acc, a, b0, b1);
     return;
   }
   const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);

@@ -28,6 +28,10 @@ _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
 _MMA, _LOAD, _FETCH = 1.6, 0.6, 0.15
 
 
+class NoPlan(ValueError):
+    """A layer whose tiles fit no multiprocessor."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A conv block: x (N, C, H, W), weight (K, C, R, S), pool (0, 0) for none."""
@@ -388,7 +392,7 @@ def _best(plans, shape, mode):
         found = min(plans(shape, mode, more), key=lambda plan: plan[0], default=None)
         if found is not None:
             return blocks, found
-    raise ValueError(f"no tile of the gradients of {shape} fits a multiprocessor")
+    raise NoPlan(f"no tile of the gradients of {shape} fits a multiprocessor")
 
 
 @functools.lru_cache(maxsize=None)
@@ -403,11 +407,11 @@ def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
 
     Raises
     ------
-    ValueError
+    NoPlan
         If no tile fits into shared memory and registers.
     """
     macros = {
-        "PRECISION": _MODES[mode], "C": shape.channels, "H": shape.height,
+        "MODE": _MODES[mode], "C": shape.channels, "H": shape.height,
         "W": shape.width, "K": shape.filters, "R": shape.taps[0], "S": shape.taps[1],
         "STRIDE_H": shape.stride[0], "STRIDE_W": shape.stride[1],
         "PAD_H": shape.padding[0], "PAD_W": shape.padding[1],
