@@ -30,9 +30,9 @@
 // constant offset from an address of the lane: strides between channels, images and rows
 // are chosen so that the 32 lanes meet 32 banks.
 //
-// Launch: 256 threads, shared memory SHARED (host: fused_cuda_backward.py), blocks
-// 0 .. dw_blocks-1 work on dweight (k tile fastest, then c tile, then split), the others on
-// dx (c tile fastest, then row tile, then image tile). Compute capability 8.0 and up.
+// Launch: 256 threads, SHARED bytes (both: conv_backward_plan.py). Blocks 0 .. dx_blocks-1
+// work on dx (c tile fastest, then row tile, then image tile), the others on dweight (k
+// tile fastest, then c tile, then split). Compute capability 8.0 and up.
 #include "fused.cuh"
 
 constexpr int THREADS = 256, WARPS = 8;
@@ -54,6 +54,9 @@ __host__ __device__ constexpr int stride(int size, int residue, int modulus) {
 }
 // the widest run of floats (4, 2, 1) whose rows of length n all start aligned
 __host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
+
+// The same in all lanes, and the compiler can see it: branches on it need no convergence.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
 // A number on its way through registers into shared memory.
 __device__ __forceinline__ u32 operand(float x) {
@@ -191,6 +194,25 @@ __device__ __forceinline__ void copy_run(u32* to, const float* __restrict__ from
   }
 }
 
+// body(plane, item) for ITEMS items of each of PLANES planes, by all warps of the block. A
+// lane has the same items of every plane, so what depends on the item is computed once;
+// BATCH bodies run together, their loads one behind the other.
+template <int PLANES, int ITEMS, int BATCH, class Body>
+__device__ __forceinline__ void for_all(const Body& body) {
+  constexpr int LANES = ITEMS > 16 ? 32 : ITEMS > 8 ? 16 : ITEMS > 4 ? 8 : ITEMS > 2 ? 4 : ITEMS;
+  constexpr int TOGETHER = 32 / LANES, ROUNDS = ceil_div(ITEMS, 32);
+  constexpr int UNROLL = most(1, BATCH / ROUNDS);
+  const int lane = threadIdx.x % 32;
+#pragma unroll UNROLL
+  for (int plane = warp_index() * TOGETHER + lane / LANES; plane < PLANES;
+       plane += WARPS * TOGETHER)
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round) {
+      const int item = lane % LANES + round * 32;
+      if (item < ITEMS) body(plane, item);
+    }
+}
+
 // Borders, which loads leave alone, are set to zero once.
 __device__ __forceinline__ void clear(u32* shared, int words) {
   for (int i = threadIdx.x * 4; i < words; i += THREADS * 4)
@@ -259,21 +281,18 @@ constexpr int TILE_WORDS = KC * (PLANE + W_ROW);
 // columns that nobody stores.
 constexpr bool BORDER = column_bound(false) < 0 || column_bound(true) > Q || K % (KC * E) != 0;
 constexpr int ACCUMULATORS = NI * NG * NR * MT * 4;
-constexpr int SUM_WORDS = WK > 1 ? WARPS / WK * ACCUMULATORS * 32 : 0;
+constexpr int SUM_WORDS = WK > 1 ? WARPS * ACCUMULATORS * 32 : 0;
 constexpr int SHARED_WORDS = most(TILE_WORDS, SUM_WORDS);
 
 __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int p0,
                                               int k0, int N) {
   constexpr int ROWS = (YT + WIN_H - 2) / WIN_H + 1;  // of windows that can touch YT rows
-  constexpr int ITEMS = KC * TI * ROWS * WINDOW_RUNS;
   const int first = floor_div(p0, WIN_H);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const int column = i % WINDOW_RUNS, row = i / WINDOW_RUNS % ROWS;
-    const int image = i / (WINDOW_RUNS * ROWS) % TI, word = i / (WINDOW_RUNS * ROWS * TI);
-    const int pp = first + row, n = n0 + image, k = k0 + word * E;
+  for_all<KC * TI, ROWS * WINDOW_RUNS, 4>([&](int plane, int item) {
+    const int column = item % WINDOW_RUNS, pp = first + item / WINDOW_RUNS;
+    const int image = plane % TI, word = plane / TI, n = n0 + image, k = k0 + word * E;
     const int y = pp * WIN_H - p0;
-    if (pp < 0 || pp >= PP || y >= YT || n >= N || k >= K) continue;
+    if (pp < 0 || pp >= PP || y >= YT || n >= N || k >= K) return;
     const size_t at = (((size_t)n * K + k) * PP + pp) * QQ + column * WINDOWS;
     float low[WIN_H][RUN_Q];
     load_dz(low, from, at);
@@ -288,20 +307,18 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
         words[q] = E == 2 ? pack_bf16(low[j][q], high[j][q]) : operand(low[j][q]);
       if (y + j >= 0 && y + j < YT) store_words<ALIGN>(to + j * PITCH, words);
     }
-  }
+  });
 }
 
 __device__ __forceinline__ void load_weights(u32* tile, const float* __restrict__ weight, int k0,
                                              int c0) {
-  constexpr int RUNS = CT * RS / W_RUN;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < KC * RUNS; i += THREADS) {
-    const int word = i / RUNS, at = i % RUNS * W_RUN, k = k0 + word * E;
+  for_all<KC, CT * RS / W_RUN, 8>([&](int word, int item) {
+    const int at = item * W_RUN, k = k0 + word * E;
     const bool inside = c0 * RS + at < C * RS;
     const float* from = weight + ((size_t)k * C + c0) * RS + at;
     if (E == 1 && inside && k < K) {
       copy_run<4, W_RUN>(tile + word * W_ROW + at, from);
-      continue;
+      return;
     }
     float low[W_RUN] = {}, high[W_RUN] = {};
     if (inside && k < K) load_run(low, from);
@@ -310,12 +327,12 @@ __device__ __forceinline__ void load_weights(u32* tile, const float* __restrict_
 #pragma unroll
     for (int j = 0; j < W_RUN; ++j) words[j] = E == 2 ? pack_bf16(low[j], high[j]) : 0u;
     store_words<4>(tile + word * W_ROW + at, words);
-  }
+  });
 }
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
                           const float* __restrict__ weight, float* __restrict__ dx, int N) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
   const int c0 = block % C_TILES * CT, h0 = block / C_TILES % ROW_TILES * TH;
   const int n0 = block / (C_TILES * ROW_TILES) * TI;
   const int wk = warp / (WC * WG * WR * WI), wc = warp % WC;
@@ -368,13 +385,13 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
             a[r][m][3] = copied_operand(from_w[4 * W_ROW + 8 * RS]);
           }
 #pragma unroll
-        for (int i = 0; i < NG; ++i) {
-          if (!reaches[i]) continue;
+        for (int y = 0; y < YN; ++y) {
+          if (p_warp + y < 0 || p_warp + y >= P) continue;
 #pragma unroll
-          for (int image = 0; image < NI; ++image)
+          for (int i = 0; i < NG; ++i) {
+            if (!reaches[i]) continue;
 #pragma unroll
-            for (int y = 0; y < YN; ++y) {
-              if (p_warp + y < 0 || p_warp + y >= P) continue;
+            for (int image = 0; image < NI; ++image) {
               const u32* const from_dz = dz + image * GI * IMAGE + y * PITCH + first_q[i];
               const u32 b0 = from_dz[0], b1 = from_dz[4 * PLANE];
 #pragma unroll
@@ -385,27 +402,22 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
                 for (int m = 0; m < MT; ++m) multiply(acc[image][i][h][m], a[r][m], b0, b1);
               }
             }
+          }
         }
       }
     }
   }
 
-  // warps that shared the contraction hand their sums to the first one, in order
+  // warps that shared the contraction exchange their sums: each adds, in the same order,
+  // those of its share of the rows
+  float* const sums = (float*)shared + (warp % (WARPS / WK)) * ACCUMULATORS * 32 + lane;
+  constexpr int GIVEN = WARPS / WK * ACCUMULATORS * 32;
   if (WK > 1) {
-    float* const sum = (float*)shared + (warp % (WARPS / WK)) * ACCUMULATORS * 32 + lane;
-    float* const mine = &acc[0][0][0][0][0];
-#pragma unroll 1
-    for (int giver = 1; giver < WK; ++giver) {
-      __syncthreads();
-      if (wk == giver)
+    const float* const mine = &acc[0][0][0][0][0];
+    __syncthreads();
 #pragma unroll
-        for (int i = 0; i < ACCUMULATORS; ++i) sum[i * 32] = mine[i];
-      __syncthreads();
-      if (wk == 0)
-#pragma unroll
-        for (int i = 0; i < ACCUMULATORS; ++i) mine[i] += sum[i * 32];
-    }
-    if (wk > 0) return;
+    for (int i = 0; i < ACCUMULATORS; ++i) sums[wk * GIVEN + i * 32] = mine[i];
+    __syncthreads();
   }
 
   // a lane has pixels 2t and 2t+1 of a group
@@ -420,13 +432,20 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
       for (int row = 0; row < NR; ++row) {
         const int h = h0 + wr * NR + row;
-        if (h >= H) continue;
+        if (h >= H || WK > 1 && (i * NR + row) % WK != wk) continue;
 #pragma unroll
         for (int m = 0; m < MT; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = c0 + (wc * MT + m) * 16 + half * 8 + g;
-            const float* const v = acc[image][i][row][m] + 2 * half;
+            float v[2] = {acc[image][i][row][m][2 * half], acc[image][i][row][m][2 * half + 1]};
+            if (WK > 1) {
+              const int at = ((((image * NG + i) * NR + row) * MT + m) * 4 + 2 * half) * 32;
+              v[0] = sums[at], v[1] = sums[at + 32];
+#pragma unroll
+              for (int giver = 1; giver < WK; ++giver)
+                v[0] += sums[giver * GIVEN + at], v[1] += sums[giver * GIVEN + at + 32];
+            }
             if (c >= C) continue;
             float* const to = dx + (((size_t)n * C + c) * H + h) * W + w0;
             if (STRIDE_W == 1 && W % 2 == 0) {
@@ -463,6 +482,8 @@ static_assert(!FLAT || 8 * NT * VC >= C * RS, "a block covers all taps of all ch
 // In shared memory at a time: TP rows of TI images; a warp takes SEGMENT rows at a time.
 constexpr int TI = DW_TI, TP = DW_TP, SEGMENT = DW_SEGMENT;
 constexpr int QUADS = ceil_div(Q, GQ), ROW_STEPS = ceil_div(P, TP);
+// rows whose code is laid out one behind the other: the window then needs no moves
+constexpr int ROWS_TOGETHER = FLAT ? 2 : STRIDE_H == 1 && RT * S <= 15 ? RT : 1;
 constexpr int UNITS = TI / GI * QUADS * (TP / SEGMENT);
 static_assert(TI % GI == 0 && TP % WIN_H == 0 && TP % SEGMENT == 0, "whole windows and units");
 
@@ -497,13 +518,10 @@ constexpr int SHARED_WORDS = most(TILE_WORDS, VP * PART_WORDS);
 
 __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int N, int p0,
                                               int k0) {
-  constexpr int ROWS = TP / WIN_H, ITEMS = KT * TI * ROWS * WINDOW_RUNS;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const int column = i % WINDOW_RUNS, row = i / WINDOW_RUNS % ROWS;
-    const int image = i / (WINDOW_RUNS * ROWS) % TI, ki = i / (WINDOW_RUNS * ROWS * TI);
-    const int pp = p0 / WIN_H + row, n = n0 + image, k = k0 + ki;
-    if (pp >= PP || k >= K) continue;
+  for_all<KT * TI, TP / WIN_H * WINDOW_RUNS, 4>([&](int plane, int item) {
+    const int column = item % WINDOW_RUNS, row = item / WINDOW_RUNS, pp = p0 / WIN_H + row;
+    const int image = plane % TI, ki = plane / TI, n = n0 + image, k = k0 + ki;
+    if (pp >= PP || k >= K) return;
     // beyond the batch x is 0 and dz too
     float dz[WIN_H][RUN_Q] = {};
     if (n < N)
@@ -512,29 +530,26 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
 #pragma unroll
     for (int j = 0; j < WIN_H; ++j)
       store_pixels<E, DZ_ALIGN>(to + j * DZ_PITCH, column * RUN_Q, dz[j]);
-  }
+  });
 }
 
 __device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ x, int n0,
                                            int N, int p0, int c0) {
-  constexpr int ITEMS = CT * TI * XR * X_RUNS;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const int column = i % X_RUNS, row = i / X_RUNS % XR;
-    const int image = i / (X_RUNS * XR) % TI, ci = i / (X_RUNS * XR * TI);
-    const int h = p0 * STRIDE_H - PAD_H + row, n = n0 + image, c = c0 + ci;
-    if (c >= C) continue;
+  for_all<CT * TI, XR * X_RUNS, 8>([&](int plane, int item) {
+    const int column = item % X_RUNS, row = item / X_RUNS, h = p0 * STRIDE_H - PAD_H + row;
+    const int image = plane % TI, ci = plane / TI, n = n0 + image, c = c0 + ci;
+    if (c >= C) return;
     u32* const to = tile + ci * X_PLANE + image * X_IMAGE + row * X_PITCH;
     const float* const from = x + (((size_t)n * C + c) * H + h) * W + column * X_RUN;
     const bool inside = n < N && h >= 0 && h < H;
     if (XE == 1 && inside) {
       copy_run<X_ALIGN, X_RUN>(to + LEFT + column * X_RUN, from);
-      continue;
+      return;
     }
     float v[X_RUN] = {};
     if (inside) load_run(v, from);
     store_pixels<XE, X_ALIGN>(to, LEFT + column * X_RUN, v);
-  }
+  });
 }
 
 // pairs of bf16 came through registers
@@ -558,7 +573,7 @@ __device__ __forceinline__ float sum_of(u32 word) {
 __device__ void run_block(int block, u32* shared, const Gradient& from,
                           const float* __restrict__ x, float* __restrict__ dweight,
                           float* __restrict__ dbias, int N, int stages) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
   const int k0 = block % K_TILES * KT, c_tile = block / K_TILES % C_TILES;
   const int split = block / (K_TILES * C_TILES), c0 = c_tile * CT;
   const int vk = warp % VK, vc = warp / VK % VC, vr = warp / (VK * VC) % VR;
@@ -616,7 +631,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
             window[r + RT - KEPT][n][i] = copied_pixel(v.x);
             window[r + RT - KEPT][n][i + 1] = copied_pixel(v.y);
           }
-#pragma unroll 1
+#pragma unroll ROWS_TOGETHER
       for (int p = p_begin; p < p_end; ++p, dz += DZ_PITCH, xs += STRIDE_H * X_PITCH) {
         u32 a[MT][4];
 #pragma unroll
@@ -749,16 +764,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                         const u8* __restrict__ code, const float* __restrict__ x,
                         const float* __restrict__ weight, float* __restrict__ dx,
                         float* __restrict__ dweight, float* __restrict__ dbias, int N,
-                        int dw_blocks, int stages) {
+                        int dx_blocks, int stages) {
   extern __shared__ uint4 shared[];
   const Gradient from = {dy, y, code};
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const int block = blockIdx.x;
-  if (block < dw_blocks)
-    weight_gradient::run_block(block, (u32*)shared, from, x, dweight, dbias, N, stages);
 #if NEED_DX
-  else
-    data_gradient::run_block(block - dw_blocks, (u32*)shared, from, weight, dx, N);
+  if (block < dx_blocks) {
+    data_gradient::run_block(block, (u32*)shared, from, weight, dx, N);
+    return;
+  }
 #endif
+  weight_gradient::run_block(block - dx_blocks, (u32*)shared, from, x, dweight, dbias, N, stages);
 }

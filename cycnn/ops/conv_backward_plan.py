@@ -222,7 +222,7 @@ def _data_plans(shape, mode, registers=0):
                     depth = min(depth, _up(k_words, 8 * wk))
                     stages = _ceil(k_words, depth)
                     depth = _up(_ceil(k_words, stages), 8 * wk)
-                    sums = (WARPS // wk) * accumulators * 32 if wk > 1 else 0
+                    sums = WARPS * accumulators * 32 if wk > 1 else 0
                     shared = 4 * max(depth * (dz + weights), sums)
                     if shared > _SHARED_LIMIT:
                         continue
