@@ -660,7 +660,7 @@ constexpr int SHARED_WORDS =
 #else
 constexpr int SHARED_WORDS = weight_gradient::SHARED_WORDS;
 #endif
-static_assert(SHARED_WORDS * 4 <= SHARED, "the host counts the same bytes");
+static_assert(SHARED_WORDS * 4 == SHARED, "the host counts the same bytes");
 
 // stages: of a split, of the ceil(N / DW_TI) * ceil(P / DW_TP) that there are.
 // dweight (splits, K, C, R, S), dbias (splits, K) or null.
