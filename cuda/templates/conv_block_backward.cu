@@ -375,9 +375,12 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 // ================================================================ dweight, dbias
 namespace weight_gradient {
 
-// A lane contributes LANE_Q neighbouring pixels (two words) to a contraction step; the four
-// lanes t cover GQ columns of GI images.
-constexpr int LANE_Q = 2 * E, GQ = DW_COLUMNS, GI = 4 * LANE_Q / GQ, LANES = GQ / LANE_Q;
+// A contraction step takes 8 words of pixels: GQ columns, GW words, of GI images. Lane t
+// has words t and t + 4. With GW = 8 the second is 4 words further in the row, otherwise it
+// is in another image. (Tap s needs the pixels from s on: neighbouring words would be the
+// low word of one tap and the high word of another, and registers would have to be moved
+// for each product; words that are 4 apart are not shared up to s = 3.)
+constexpr int GQ = DW_COLUMNS, GW = GQ / E, GI = 8 / GW;
 constexpr bool FLAT = DW_FLAT;
 // A warp: MT x 16 output channels, NT x 8 columns, RT rows of taps (all S).
 // A block: VK x VC x VR x VP warps over these; VP share the pixels.
@@ -397,24 +400,24 @@ constexpr int ROWS_TOGETHER = FLAT ? 2 : STRIDE_H == 1 && RT * S <= 15 ? RT : 1;
 constexpr int UNITS = TI / GI * QUADS * (TP / SEGMENT);
 static_assert(TI % GI == 0 && TP % WIN_H == 0 && TP % SEGMENT == 0, "whole windows and units");
 
-__host__ __device__ constexpr int residue(int per_word) { return GI > 1 ? GQ / per_word % 8 : 0; }
 // dz [k][image][p][q], words along q
 constexpr int DZ_PITCH = round_up(QUADS * GQ / E, 4);
-constexpr int DZ_IMAGE = stride(TP * DZ_PITCH, residue(E), GI > 1 ? 8 : 4);
-constexpr int DZ_PLANE = stride(TI * DZ_IMAGE, 8, 32);
-constexpr int DZ_ALIGN = GI > 1 && GQ / E % 4 ? 2 : 4;
+constexpr int ALIGN = GW == 2 ? 2 : 4;
+constexpr int DZ_IMAGE = stride(TP * DZ_PITCH, ALIGN % 4, 4);
+constexpr int DZ_PLANE = stride(TI * DZ_IMAGE, 4, 32);
+constexpr int DZ_SECOND = GW == 8 ? 4 : 4 / GW * DZ_IMAGE;
 // x [c][image][h][w], words along w; floats when flat, since taps start anywhere
 constexpr int XE = FLAT ? 1 : E;
 constexpr int LEFT = PAD_W ? round_up(PAD_W, 4 * XE) : 0;
 constexpr int XR = (TP - 1) * STRIDE_H + R;
-// the pixels that taps 0..S-1 of a lane meet: WINDOW words, the first pixel at number SKIP
-constexpr int SKIP = FLAT ? 0 : (LEFT - PAD_W) % (2 * XE);
-constexpr int WINDOW = round_up(ceil_div(SKIP + S + (LANE_Q - 1) * STRIDE_W, XE), 2);
-constexpr int X_LAST = LEFT - PAD_W - SKIP + (QUADS * GQ - LANE_Q) * STRIDE_W + WINDOW * XE;
+// the pixels that taps 0..S-1 of a word meet: WINDOW words, the first pixel at number SKIP
+constexpr int SKIP = FLAT ? 0 : (LEFT - PAD_W) % XE;
+constexpr int WINDOW = ceil_div(SKIP + S + (E - 1) * STRIDE_W, XE);
+constexpr int X_LAST = LEFT - PAD_W - SKIP + (QUADS * GQ - E) * STRIDE_W + WINDOW * XE;
 constexpr int X_PITCH = round_up(most(LEFT + W, X_LAST), 4 * XE) / XE;
-constexpr int X_IMAGE = stride(XR * X_PITCH, residue(XE), GI > 1 ? 8 : 4);
-constexpr int X_PLANE = stride(TI * X_IMAGE, 8, 32);
-constexpr int X_ALIGN = GI > 1 && GQ / XE % 4 ? 2 : 4;
+constexpr int X_IMAGE = stride(XR * X_PITCH, ALIGN % 4, 4);
+constexpr int X_PLANE = stride(TI * X_IMAGE, 4 * STRIDE_W, 32);
+constexpr int X_SECOND = GW == 8 ? 4 * E * STRIDE_W / XE : 4 / GW * X_IMAGE;
 constexpr int X_RUN = run(W), X_RUNS = W / X_RUN;
 // warps read a row of x for each of their RT taps, beyond the tile too if R is no multiple
 constexpr int TILE_WORDS = KT * DZ_PLANE + CT * X_PLANE + most(0, VR * RT - R) * X_PITCH;
@@ -439,7 +442,7 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
     u32* const to = tile + ki * DZ_PLANE + image * DZ_IMAGE + row * WIN_H * DZ_PITCH;
 #pragma unroll
     for (int j = 0; j < WIN_H; ++j)
-      store_pixels<E, DZ_ALIGN>(to + j * DZ_PITCH, column * RUN_Q, dz[j]);
+      store_pixels<E, ALIGN>(to + j * DZ_PITCH, column * RUN_Q, dz[j]);
   });
 }
 
@@ -453,12 +456,12 @@ __device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ 
     const float* const from = x + (((size_t)n * C + c) * H + h) * W + column * X_RUN;
     const bool inside = n < N && h >= 0 && h < H;
     if (XE == 1 && inside) {
-      copy_run<X_ALIGN, X_RUN>(to + LEFT + column * X_RUN, from);
+      copy_run<ALIGN, X_RUN>(to + LEFT + column * X_RUN, from);
       return;
     }
     float v[X_RUN] = {};
     if (inside) load_run(v, from);
-    store_pixels<XE, X_ALIGN>(to, LEFT + column * X_RUN, v);
+    store_pixels<XE, ALIGN>(to, LEFT + column * X_RUN, v);
   });
 }
 
@@ -467,12 +470,22 @@ __device__ __forceinline__ u32 copied_pixel(u32 word) {
   return E == 1 ? copied_operand(word) : word;
 }
 
-// B fragment of tap s: pixels q of a lane are numbers SKIP + s + q * SW of its window.
-__device__ __forceinline__ u32 pixels(const u32 (&window)[WINDOW], int s, int word) {
-  const int first = SKIP + s + word * E * STRIDE_W, second = first + STRIDE_W;
+// The word of tap s: its pixels are numbers SKIP + s and one stride further of the window.
+__device__ __forceinline__ u32 pixels(const u32 (&window)[WINDOW], int s) {
+  const int first = SKIP + s, second = first + STRIDE_W;
   if (E == 1) return window[first];
+  if (STRIDE_W == 1 && first % 2 == 0) return window[first / 2];
   return __byte_perm(window[first / 2], window[second / 2],
                      (first % 2 ? 0x32 : 0x10) | (second % 2 ? 0x7600 : 0x5400));
+}
+
+// The windows of both words of a lane.
+__device__ __forceinline__ void load_windows(u32 (&windows)[2][WINDOW], const u32* x) {
+#pragma unroll
+  for (int word = 0; word < 2; ++word)
+#pragma unroll
+    for (int i = 0; i < WINDOW; ++i)
+      windows[word][i] = copied_pixel(x[word * X_SECOND + i]);
 }
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
@@ -490,12 +503,12 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
   float bias[MT][2] = {};
   const bool with_bias = dbias && c_tile == 0 && vc == 0 && vr == 0;
 
-  // lane's place in a step: image t / LANES, columns from (t % LANES) * LANE_Q on
-  const u32* const dz_lane = dz_tile + (vk * MT * 16 + g) * DZ_PLANE + t / LANES * DZ_IMAGE +
-                             t % LANES * 2;
+  // a lane's first word of a step: of image t / GW, word t % GW of the row
+  const u32* const dz_lane =
+      dz_tile + (vk * MT * 16 + g) * DZ_PLANE + t / GW * DZ_IMAGE + t % GW;
   const u32* const x_lane =
-      x_tile + (FLAT ? 0 : (vc * NT * 8 + g) * X_PLANE) + t / LANES * X_IMAGE +
-      (LEFT - PAD_W - SKIP + t % LANES * LANE_Q * STRIDE_W) / XE + r0 * X_PITCH;
+      x_tile + (FLAT ? 0 : (vc * NT * 8 + g) * X_PLANE) + t / GW * X_IMAGE +
+      (LEFT - PAD_W - SKIP + t % GW * E * STRIDE_W) / XE + r0 * X_PITCH;
   int tap[NT];  // flat: where column (c, r, s) of this lane starts
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -520,33 +533,28 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
       const int quad = unit % QUADS, image = unit / QUADS % (TI / GI) * GI;
       const int p_begin = unit / (QUADS * (TI / GI)) * SEGMENT;
       const int p_end = least(p_begin + SEGMENT, P - p0);
-      const u32* dz = dz_lane + image * DZ_IMAGE + p_begin * DZ_PITCH + quad * (GQ / E);
+      const u32* dz = dz_lane + image * DZ_IMAGE + p_begin * DZ_PITCH + quad * GW;
       const u32* xs = x_lane + image * X_IMAGE + p_begin * STRIDE_H * X_PITCH +
                       quad * GQ * STRIDE_W / XE;
       // rows of x that the taps of the next p share with this one
       constexpr int KEPT = FLAT || RT < STRIDE_H ? 0 : RT - STRIDE_H;
-      u32 window[RT][NT][WINDOW];
+      u32 windows[RT][NT][2][WINDOW];
 #pragma unroll
       for (int r = 0; r < KEPT; ++r)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int i = 0; i < WINDOW; i += 2) {
-            const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
-            window[r + RT - KEPT][n][i] = copied_pixel(v.x);
-            window[r + RT - KEPT][n][i + 1] = copied_pixel(v.y);
-          }
+          load_windows(windows[r + RT - KEPT][n], xs + n * 8 * X_PLANE + r * X_PITCH);
 #pragma unroll ROWS_TOGETHER
       for (int p = p_begin; p < p_end; ++p, dz += DZ_PITCH, xs += STRIDE_H * X_PITCH) {
         u32 a[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          const uint2 low = *(const uint2*)(dz + m * 16 * DZ_PLANE);
-          const uint2 high = *(const uint2*)(dz + (m * 16 + 8) * DZ_PLANE);
-          a[m][0] = low.x, a[m][1] = high.x, a[m][2] = low.y, a[m][3] = high.y;
+          const u32* const from_dz = dz + m * 16 * DZ_PLANE;
+          a[m][0] = from_dz[0], a[m][1] = from_dz[8 * DZ_PLANE];
+          a[m][2] = from_dz[DZ_SECOND], a[m][3] = from_dz[8 * DZ_PLANE + DZ_SECOND];
           if (with_bias) {
-            bias[m][0] += sum_of(low.x) + sum_of(low.y);
-            bias[m][1] += sum_of(high.x) + sum_of(high.y);
+            bias[m][0] += sum_of(a[m][0]) + sum_of(a[m][2]);
+            bias[m][1] += sum_of(a[m][1]) + sum_of(a[m][3]);
           }
         }
         if (FLAT) {
@@ -555,7 +563,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
             u32 b[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const u32* const v = xs + tap[n] + i * E * STRIDE_W;
+              const u32* const v = xs + tap[n] + i * X_SECOND;
               b[i] = E == 1 ? copied_operand(v[0]) : pack_bf16(__uint_as_float(v[0]), __uint_as_float(v[STRIDE_W]));
             }
 #pragma unroll
@@ -567,15 +575,13 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
         for (int r = 0; r < RT; ++r) {
 #pragma unroll
           for (int n = 0; n < NT; ++n)
+            if (r >= KEPT) {
+              load_windows(windows[r][n], xs + n * 8 * X_PLANE + r * X_PITCH);
+            } else {
 #pragma unroll
-            for (int i = 0; i < WINDOW; i += 2) {
-              if (r < KEPT) {
-                window[r][n][i] = window[r + RT - KEPT][n][i];
-                window[r][n][i + 1] = window[r + RT - KEPT][n][i + 1];
-              } else {
-                const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
-                window[r][n][i] = copied_pixel(v.x), window[r][n][i + 1] = copied_pixel(v.y);
-              }
+              for (int i = 0; i < 2 * WINDOW; ++i)
+                windows[r][n][i / WINDOW][i % WINDOW] =
+                    windows[r + RT - KEPT][n][i / WINDOW][i % WINDOW];
             }
           // the last of the VR warps may have fewer rows of taps
           if (VR * RT > R && r0 + r >= R) continue;
@@ -583,7 +589,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           for (int s = 0; s < ST; ++s)
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-              const u32 b0 = pixels(window[r][n], s, 0), b1 = pixels(window[r][n], s, 1);
+              const u32 b0 = pixels(windows[r][n][0], s), b1 = pixels(windows[r][n][1], s);
 #pragma unroll
               for (int m = 0; m < MT; ++m) multiply(acc[m][n][r][s], a[m], b0, b1);
             }

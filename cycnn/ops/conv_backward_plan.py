@@ -16,7 +16,7 @@ THREADS = 32 * WARPS
 # Registers for accumulators and operands: of the 128 that a thread may have when two blocks
 # share a multiprocessor, addresses and loads in flight take the others. The loads of the
 # weight gradient keep more numbers in flight.
-_DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 84
+_DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 96
 # ... and what a block that has a multiprocessor for itself has more.
 _REGISTERS_ALONE = 100
 # What one block may use on every GPU from compute capability 8.0 on.
@@ -263,25 +263,22 @@ def _weight_tile_words(shape, mode, flat, columns, rows, images):
     """Words of an output channel of dz, an input channel of x, a window, a row of x."""
     per_word = 2 if mode == "bf16" else 1
     x_per_word = 1 if flat else per_word
-    lane = 2 * per_word
-    several = columns < 4 * lane
+    align = 2 if columns == 2 * per_word else 0
     quads = _ceil(shape.covered[1], columns)
 
-    def plane(pitch, height, unit):
-        residue = columns // unit % 8 if several else 0
-        image = _stride(height * pitch, residue, 8 if several else 4)
-        return _stride(images * image, 8, 32)
+    def plane(pitch, height, residue):
+        return _stride(images * _stride(height * pitch, align, 4), residue, 32)
 
     step, taps, pad = shape.stride[1], shape.taps[1], shape.padding[1]
     left = _up(pad, 4 * x_per_word) if pad else 0
-    skip = 0 if flat else (left - pad) % (2 * x_per_word)
-    window = _up(_ceil(skip + taps + (lane - 1) * step, x_per_word), 2)
-    last = left - pad - skip + (quads * columns - lane) * step + window * x_per_word
+    skip = 0 if flat else (left - pad) % x_per_word
+    window = _ceil(skip + taps + (per_word - 1) * step, x_per_word)
+    last = left - pad - skip + (quads * columns - per_word) * step + window * x_per_word
     pitch = _up(max(left + shape.width, last), 4 * x_per_word) // x_per_word
     height = (rows - 1) * shape.stride[0] + shape.taps[0]
     return (
-        plane(_up(quads * columns // per_word, 4), rows, per_word),
-        plane(pitch, height, x_per_word),
+        plane(_up(quads * columns // per_word, 4), rows, 4),
+        plane(pitch, height, 4 * step),
         window,
         pitch,
     )
@@ -320,7 +317,7 @@ def _weight_plans(shape, mode, registers=0):
                 continue
         accumulators = 4 * mt * nt * warp_taps
         for rows, images, dz, x, window, pitch in tiles:
-            held = (2 * nt if flat else rt * nt * window) + 4 * mt
+            held = 2 * nt * (1 if flat else rt * window) + 4 * mt
             if mode == "fp32":
                 held += 4 * mt + 4 * nt
             if accumulators + held > _WEIGHT_REGISTERS + registers:
@@ -349,8 +346,8 @@ def _weight_plans(shape, mode, registers=0):
                 if flat:
                     loads = warp_rows * (4 * mt + 2 * nt * lane // 2)
                 else:
-                    loads = warp_rows * (4 * mt + nt * window * min(rt, step))
-                    loads += units * nt * window * max(0, rt - step)
+                    loads = warp_rows * (4 * mt + 2 * nt * window * min(rt, step))
+                    loads += 2 * units * nt * window * max(0, rt - step)
                 clocks = WARPS * (_MMA[mode] * mma + _LOAD[mode] * loads)
                 # a unit, a row of it, a stage and a block take this long to begin and end
                 clocks += WARPS * (40 * units + 10 * warp_rows) + _FETCH * fetch + 1000
