@@ -25,9 +25,12 @@ __device__ __forceinline__ u32 copied_operand(u32 word) {
   return MODE == MODE_TF32 ? word + 0x1000u : word;
 }
 
-// acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
-// but small * small. Tensor cores do not round sums to nearest, so a sum of 8 products is
-// added to acc outside of them.
+// The same where pairs of bf16 have come through registers.
+__device__ __forceinline__ u32 copied_word(u32 word) {
+  return E == 1 ? copied_operand(word) : word;
+}
+
+// An operand word of the fp32 mode: big + small, each a tf32 (an infinite one gives NaN).
 struct Split {
   u32 big, small;
   __device__ __forceinline__ Split(u32 word) {
@@ -35,18 +38,38 @@ struct Split {
     small = __float_as_uint(__uint_as_float(word) - __uint_as_float(big));
   }
 };
-__device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+
+// The rows of a product, A (16 x 8 words), ready for many columns.
+struct Rows {
+  u32 word[4], small[4];  // small: in fp32 only
+
+  __device__ __forceinline__ void set(u32 a0, u32 a1, u32 a2, u32 a3) {
+    const u32 a[4] = {a0, a1, a2, a3};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      word[i] = a[i];
+      if (MODE == MODE_FP32) {
+        const Split split(a[i]);
+        word[i] = split.big, small[i] = split.small;
+        // the compiler would rather split again for every product
+        asm volatile("" : "+r"(word[i]), "+r"(small[i]));
+      }
+    }
+  }
+};
+
+// acc (16 x 8) += a b. The fp32 product leaves out small * small. Tensor cores do not round
+// sums to nearest, so a sum of 8 products is added to acc outside of them.
+__device__ __forceinline__ void multiply(float (&acc)[4], const Rows& a, u32 b0, u32 b1) {
   if (MODE != MODE_FP32) {
-    mma<MODE>(acc, a, b0, b1);
+    mma<MODE>(acc, a.word, b0, b1);
     return;
   }
-  const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);
-  const u32 big[4] = {a0.big, a1.big, a2.big, a3.big};
-  const u32 small[4] = {a0.small, a1.small, a2.small, a3.small};
+  const Split low(b0), high(b1);
   float sum[4] = {};
-  mma_tf32(sum, small, b_low.big, b_high.big);
-  mma_tf32(sum, big, b_low.small, b_high.small);
-  mma_tf32(sum, big, b_low.big, b_high.big);
+  mma_tf32(sum, a.small, low.big, high.big);
+  mma_tf32(sum, a.word, low.small, high.small);
+  mma_tf32(sum, a.word, low.big, high.big);
 #pragma unroll
   for (int i = 0; i < 4; ++i) acc[i] += sum[i];
 }

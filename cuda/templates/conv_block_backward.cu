@@ -283,16 +283,15 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           any |= reaches[i];
         }
         if (!any) continue;
-        u32 a[R][MT][4];
+        Rows a[R][MT];
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
             const u32* const from_w = w + m * 16 * RS + r * S + s;
-            a[r][m][0] = copied_operand(from_w[0]);
-            a[r][m][1] = copied_operand(from_w[8 * RS]);
-            a[r][m][2] = copied_operand(from_w[4 * W_ROW]);
-            a[r][m][3] = copied_operand(from_w[4 * W_ROW + 8 * RS]);
+            a[r][m].set(copied_word(from_w[0]), copied_word(from_w[8 * RS]),
+                        copied_word(from_w[4 * W_ROW]),
+                        copied_word(from_w[4 * W_ROW + 8 * RS]));
           }
 #pragma unroll
         for (int y = 0; y < YN; ++y) {
@@ -465,11 +464,6 @@ __device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ 
   });
 }
 
-// pairs of bf16 came through registers
-__device__ __forceinline__ u32 copied_pixel(u32 word) {
-  return E == 1 ? copied_operand(word) : word;
-}
-
 // The word of tap s: its pixels are numbers SKIP + s and one stride further of the window.
 __device__ __forceinline__ u32 pixels(const u32 (&window)[WINDOW], int s) {
   const int first = SKIP + s, second = first + STRIDE_W;
@@ -485,7 +479,7 @@ __device__ __forceinline__ void load_windows(u32 (&windows)[2][WINDOW], const u3
   for (int word = 0; word < 2; ++word)
 #pragma unroll
     for (int i = 0; i < WINDOW; ++i)
-      windows[word][i] = copied_pixel(x[word * X_SECOND + i]);
+      windows[word][i] = copied_word(x[word * X_SECOND + i]);
 }
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
@@ -546,15 +540,16 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           load_windows(windows[r + RT - KEPT][n], xs + n * 8 * X_PLANE + r * X_PITCH);
 #pragma unroll ROWS_TOGETHER
       for (int p = p_begin; p < p_end; ++p, dz += DZ_PITCH, xs += STRIDE_H * X_PITCH) {
-        u32 a[MT][4];
+        Rows a[MT];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
           const u32* const from_dz = dz + m * 16 * DZ_PLANE;
-          a[m][0] = from_dz[0], a[m][1] = from_dz[8 * DZ_PLANE];
-          a[m][2] = from_dz[DZ_SECOND], a[m][3] = from_dz[8 * DZ_PLANE + DZ_SECOND];
+          const u32 low[2] = {from_dz[0], from_dz[DZ_SECOND]};
+          const u32 high[2] = {from_dz[8 * DZ_PLANE], from_dz[8 * DZ_PLANE + DZ_SECOND]};
+          a[m].set(low[0], high[0], low[1], high[1]);
           if (with_bias) {
-            bias[m][0] += sum_of(a[m][0]) + sum_of(a[m][2]);
-            bias[m][1] += sum_of(a[m][1]) + sum_of(a[m][3]);
+            bias[m][0] += sum_of(low[0]) + sum_of(low[1]);
+            bias[m][1] += sum_of(high[0]) + sum_of(high[1]);
           }
         }
         if (FLAT) {

@@ -113,20 +113,20 @@ template <int WM_, int MT_, int NT_, bool ALONG> struct Tile {
     const u32* const b_lane = b_tile + t * B_STRIDE + column0 + g;
 #pragma unroll 4
     for (int k = 0; k < words; k += 8) {
-      u32 a[MT][4];
+      Rows a[MT];
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         const u32* const from = a_lane + m * 16 * ROW + k * WORD;
-        a[m][0] = from[0], a[m][1] = from[8 * ROW];
-        a[m][2] = from[4 * WORD], a[m][3] = from[8 * ROW + 4 * WORD];
-        row_sum[m][0] += sum_of(a[m][0]) + sum_of(a[m][2]);
-        row_sum[m][1] += sum_of(a[m][1]) + sum_of(a[m][3]);
+        const u32 low[2] = {from[0], from[4 * WORD]};
+        const u32 high[2] = {from[8 * ROW], from[8 * ROW + 4 * WORD]};
+        a[m].set(low[0], high[0], low[1], high[1]);
+        row_sum[m][0] += sum_of(low[0]) + sum_of(low[1]);
+        row_sum[m][1] += sum_of(high[0]) + sum_of(high[1]);
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const u32* const from = b_lane + k * B_STRIDE + n * 8;
-        const u32 b0 = COPIED ? copied_operand(from[0]) : from[0];
-        const u32 b1 = COPIED ? copied_operand(from[4 * B_STRIDE]) : from[4 * B_STRIDE];
+        const u32 b0 = copied_word(from[0]), b1 = copied_word(from[4 * B_STRIDE]);
 #pragma unroll
         for (int m = 0; m < MT; ++m) multiply(acc[m][n], a[m], b0, b1);
       }
