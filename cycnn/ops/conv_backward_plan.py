@@ -292,23 +292,24 @@ def _weight_plans(shape, mode, registers=0):
     lane = 4 if mode == "bf16" else 2
     flat_columns = shape.channels * taps
     flat = shape.channels <= 4 and flat_columns <= 256
-    padded = {c: _up(width, c) for c in (4 * lane, 2 * lane, lane)}
-    columns = min(padded, key=lambda c: (padded[c], -c))
-    per_step, quads = 4 * lane // columns, padded[columns] // columns
     window_h = max(1, shape.pool[0])
-    tiles = []  # rows and images of a stage, with their words
+    tiles = []  # columns of a step, rows and images of a stage; their words
     row_parts = {_up(_ceil(height, n), window_h) for n in range(1, height + 1)}
-    for rows in sorted(n for n in row_parts if n <= 64):
-        for images in (per_step, 2 * per_step, 4 * per_step):
-            words = _weight_tile_words(shape, mode, flat, columns, rows, images)
-            tiles.append((rows, images, *words))
-    for (vk, vc, vr, vp), mt, nt in itertools.product(_warps(4), (1, 2, 4), (1, 2, 4)):
+    rows_tried = sorted(n for n in row_parts if n <= 64)
+    for columns, rows, steps in itertools.product(
+        (4 * lane, 2 * lane, lane), rows_tried, (1, 2, 4, 8)
+    ):
+        images = 4 * lane // columns * steps
+        words = _weight_tile_words(shape, mode, flat, columns, rows, images)
+        if 4 * (16 * words[0] + words[1]) <= _SHARED_LIMIT:
+            tiles.append((columns, rows, images, *words))
+    for (vk, vc, vr, vp), mt, nt in itertools.product(_warps(4), (1, 2, 4), (1, 2, 3, 4)):
         k_tile = 16 * mt * vk
         if k_tile >= 2 * _up(shape.filters, 16):
             continue
         if flat:
             rt, warp_taps, channels, out_row = 1, 1, shape.channels, 8 * nt * vc
-            if vr > 1 or out_row < flat_columns or out_row >= flat_columns + 8 * nt:
+            if vr > 1 or not 0 <= out_row - flat_columns < 8 * vc:
                 continue
         else:
             rt, channels = _ceil(taps_h, vr), 8 * nt * vc
@@ -316,7 +317,7 @@ def _weight_plans(shape, mode, registers=0):
             if vr > 1 and _ceil(taps_h, vr // 2) == rt or channels >= 2 * _up(shape.channels, 8):
                 continue
         accumulators = 4 * mt * nt * warp_taps
-        for rows, images, dz, x, window, pitch in tiles:
+        for columns, rows, images, dz, x, window, pitch in tiles:
             held = 2 * nt * (1 if flat else rt * window) + 4 * mt
             if mode == "fp32":
                 held += 4 * mt + 4 * nt
@@ -337,10 +338,8 @@ def _weight_plans(shape, mode, registers=0):
             fetch = images * (k_tile * rows * width + channels * x_rows * shape.width)
             out_clocks = k_tile * out_row * (20 + 2 * vp) / THREADS
             for segment in {rows, *(n for n in (1, 2, 3, 4, 6, 8) if rows % n == 0)}:
-                units = images // per_step * quads * (rows // segment)
-                if units % vp:
-                    continue
-                units //= vp
+                quads, per_step = _ceil(width, columns), 4 * lane // columns
+                units = _ceil(images // per_step * quads * (rows // segment), vp)
                 warp_rows = units * segment * height / (row_steps * rows)
                 mma = warp_rows * mt * nt * warp_taps
                 if flat:
