@@ -154,6 +154,12 @@ def conv_block_backward_supported(x_shape, w_shape, pool, stride, padding, index
 
 def _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made):
     shapes.check_same(y=made.y_shape, dy=dy.shape)
+    needed = ("code", code) if pool is not None else ("y", y) if relu else None
+    if needed and needed[1] is None:
+        raise TypeError(
+            f"{needed[0]} is None: with relu={relu} and pool={pool} the backward needs "
+            f"what the forward returned"
+        )
     if pool is not None:
         shapes.check_same(y=made.y_shape, code=code.shape)
     elif relu:
