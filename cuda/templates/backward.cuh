@@ -9,18 +9,23 @@ constexpr int E = MODE == MODE_BF16 ? 2 : 1;
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 // the widest run of floats (4, 2, 1) whose rows of length n all start aligned
-__host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
+__host__ __device__ constexpr int run(int n) {
+  return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1;
+}
 
-// The same in all lanes, and the compiler can see it: branches on it need no convergence.
-__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+// The same in all lanes, and the compiler can see it: branches on it need no
+// convergence.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(~0u, threadIdx.x / 32, 0);
+}
 
 // A number on its way through registers into shared memory.
 __device__ __forceinline__ u32 operand(float x) {
   return MODE == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
 }
-// A float that was copied into shared memory as it is, on its way to a product: half a unit
-// is added here and the tensor core cuts the rest off. (A NaN of all ones would pass for 0;
-// NaNs in x and weight have met the loss long before.)
+// A float that was copied into shared memory as it is, on its way to a product: half a
+// unit is added here and the tensor core cuts the rest off. (A NaN of all ones would
+// pass for 0; NaNs in x and weight have met the loss long before.)
 __device__ __forceinline__ u32 copied_operand(u32 word) {
   return MODE == MODE_TF32 ? word + 0x1000u : word;
 }
@@ -30,7 +35,8 @@ __device__ __forceinline__ u32 copied_word(u32 word) {
   return E == 1 ? copied_operand(word) : word;
 }
 
-// An operand word of the fp32 mode: big + small, each a tf32 (an infinite one gives NaN).
+// An operand word of the fp32 mode: big + small, each a tf32 (an infinite one gives
+// NaN).
 struct Split {
   u32 big, small;
   __device__ __forceinline__ Split(u32 word) {
@@ -58,9 +64,10 @@ struct Rows {
   }
 };
 
-// acc (16 x 8) += a b. The fp32 product leaves out small * small. Tensor cores do not round
-// sums to nearest, so a sum of 8 products is added to acc outside of them.
-__device__ __forceinline__ void multiply(float (&acc)[4], const Rows& a, u32 b0, u32 b1) {
+// acc (16 x 8) += a b. The fp32 product leaves out small * small. Tensor cores do not
+// round sums to nearest, so a sum of 8 products is added to acc outside of them.
+__device__ __forceinline__ void multiply(float (&acc)[4], const Rows& a, u32 b0,
+                                         u32 b1) {
   if (MODE != MODE_FP32) {
     mma<MODE>(acc, a.word, b0, b1);
     return;
@@ -83,7 +90,8 @@ __device__ __forceinline__ float sum_of(u32 word) {
 // ---- moving runs of numbers
 
 template <int COUNT>
-__device__ __forceinline__ void load_run(float (&v)[COUNT], const float* __restrict__ from) {
+__device__ __forceinline__ void load_run(float (&v)[COUNT],
+                                         const float* __restrict__ from) {
   if (COUNT == 4) {
     const float4 f = __ldg((const float4*)from);
     v[0] = f.x, v[1 % COUNT] = f.y, v[2 % COUNT] = f.z, v[3 % COUNT] = f.w;
@@ -106,12 +114,16 @@ __device__ __forceinline__ void copy_run(u32* to, const float* __restrict__ from
   }
 }
 
-// body(plane, item) for ITEMS items of each of PLANES planes, by all warps of the block. A
-// lane has the same items of every plane, so what depends on the item is computed once;
-// BATCH bodies run together, their loads one behind the other.
+// body(plane, item) for ITEMS items of each of PLANES planes, by all warps of the
+// block. A lane has the same items of every plane, so what depends on the item is
+// computed once; BATCH bodies run together, their loads one behind the other.
 template <int PLANES, int ITEMS, int BATCH, class Body>
 __device__ __forceinline__ void for_all(const Body& body) {
-  constexpr int LANES = ITEMS > 16 ? 32 : ITEMS > 8 ? 16 : ITEMS > 4 ? 8 : ITEMS > 2 ? 4 : ITEMS;
+  constexpr int LANES = ITEMS > 16  ? 32
+                        : ITEMS > 8 ? 16
+                        : ITEMS > 4 ? 8
+                        : ITEMS > 2 ? 4
+                                    : ITEMS;
   constexpr int TOGETHER = 32 / LANES, ROUNDS = ceil_div(ITEMS, 32);
   constexpr int UNROLL = most(1, BATCH / ROUNDS);
   const int lane = threadIdx.x % 32;

@@ -1,38 +1,42 @@
 // Backward of the fused block  y = maxpool(relu(conv(x, weight) + bias)).
 //
 // Shapes are compile-time constants but for the batch N:
-//   x, dx (N, C, H, W)   weight (K, C, R, S)   z (N, K, P, Q)   y, dy, code (N, K, PP, QQ)
-//   z[n,k,p,q] = bias[k] + sum_{c,r,s} x[n, c, p*SH + r - PAD_H, q*SW + s - PAD_W] weight[k,c,r,s]
+//   x, dx (N, C, H, W)   weight (K, C, R, S)   z (N, K, P, Q)
+//   y, dy, code (N, K, PP, QQ)
+// With SH, SW the strides and h = p*SH + r - PAD_H, w = q*SW + s - PAD_W:
+//   z[n,k,p,q] = bias[k] + sum over c, r, s of x[n,c,h,w] weight[k,c,r,s]
 //
-// 1. dz, the gradient at the convolution's output. A pooled value is the z of one place of
-//    its window, so dz is dy there and 0 elsewhere; code says where (0: nowhere, since
-//    relu cut it off). Without a pool dz = dy where relu let y through. dz is rebuilt while
-//    it is loaded into shared memory and never exists in global memory. Rows and columns
-//    of z that no window covers have dz = 0: P and Q below count only covered ones.
-// 2. dx[n,c,h,w] = sum over k and all (p, r), (q, s) with p*SH + r - PAD_H = h and
-//    q*SW + s - PAD_W = w of dz[n,k,p,q] weight[k,c,r,s].
-//    As a product: channels c (rows) x groups of 8 pixels (columns), contraction over k.
-//    A group lies in one row h, and its columns are w, w + SW, w + 2 SW ... so that for a
-//    tap s either all or none have a q, and the q are neighbours. A warp holds groups of
-//    several rows h: a fragment of dz row p is read once for all taps r and added to rows
-//    h = p*SH + r - PAD_H. Taps that meet only the border are skipped, not multiplied.
-// 3. dweight[k,c,r,s] = sum_{n,p,q} dz[n,k,p,q] x[n, c, p*SH + r - PAD_H, q*SW + s - PAD_W].
+// 1. dz, the gradient at the convolution's output. A pooled value is the z of one place
+//    of its window, so dz is dy there and 0 elsewhere; code says where (0: nowhere,
+//    since relu cut it off). Without a pool dz = dy where relu let y through. dz is
+//    rebuilt while it is loaded into shared memory and never exists in global memory.
+//    Rows and columns of z that no window covers have dz = 0: P and Q below count only
+//    covered ones.
+// 2. dx[n,c,h,w] = sum over k and all (p, r), (q, s) that lead to h, w, of
+//    dz[n,k,p,q] weight[k,c,r,s].
+//    As a product: channels c (rows) x groups of 8 pixels (columns), contraction over
+//    k. A group lies in one row h, and its columns are w, w + SW, w + 2 SW ... so that
+//    for a tap s either all or none have a q, and the q are neighbours. A warp holds
+//    groups of several rows h: a fragment of dz row p is read once for all taps r and
+//    added to rows h = p*SH + r - PAD_H. Taps that meet only the border are skipped,
+//    not multiplied.
+// 3. dweight[k,c,r,s] = sum over n, p, q of dz[n,k,p,q] x[n,c,h,w].
 //    As a product for each tap: k (rows) x c (columns), contraction over pixels. A warp
-//    walks down the rows p; a fragment of dz is read once for all taps, a row of x once for
-//    all taps s (shifted in registers) and kept for the taps r of the next rows.
+//    walks down the rows p; a fragment of dz is read once for all taps, a row of x once
+//    for all taps s and kept in registers for the taps r of the next rows.
 //    The pixels are split over blocks; each writes a partial gradient, and update.cu
 //    adds the partials in order: no atomics, equal bits in every run.
 //    With few input channels (DW_FLAT) the columns are (c, r, s) together.
-// 4. dbias[k] = sum_{n,p,q} dz: added up from the fragments of dz on their way.
+// 4. dbias[k] = sum over n, p, q of dz[n,k,p,q], from the fragments of dz on their way.
 //
-// The operands are WORDS along the contraction (fused.cuh): one float, or a pair of bf16
-// (neighbouring k in 2., neighbouring q in 3.). A pixel's or channel's place is only a
-// constant offset from an address of the lane: strides between channels, images and rows
-// are chosen so that the 32 lanes meet 32 banks.
+// The operands are WORDS along the contraction (fused.cuh): one float, or a pair of
+// bf16 (neighbouring k in 2., neighbouring q in 3.). A pixel's or channel's place is
+// only a constant offset from an address of the lane: strides between channels, images
+// and rows are chosen so that the 32 lanes meet 32 banks.
 //
-// Launch: 256 threads, SHARED bytes (both: conv_backward_plan.py). Blocks 0 .. dx_blocks-1
-// work on dx (c tile fastest, then row tile, then image tile), the others on dweight (k
-// tile fastest, then c tile, then split). Compute capability 8.0 and up.
+// Launch: 256 threads, SHARED bytes (both: conv_backward_plan.py). Blocks 0 ..
+// dx_blocks-1 work on dx (c tile fastest, then row tile, then image tile), the others
+// on dweight (k tile fastest, then c tile, then split). Compute capability 8.0 and up.
 #include "backward.cuh"
 
 constexpr bool POOLED = POOL_H > 0;
@@ -56,8 +60,9 @@ __device__ __forceinline__ void store_words(u32* to, const u32 (&v)[COUNT]) {
   if (ALIGN % 4 == 0 && COUNT % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < COUNT; i += 4)
-      *(uint4*)(to + i) = make_uint4(v[i], v[i + 1 < COUNT ? i + 1 : 0],
-                                     v[i + 2 < COUNT ? i + 2 : 0], v[i + 3 < COUNT ? i + 3 : 0]);
+      *(uint4*)(to + i) =
+          make_uint4(v[i], v[i + 1 < COUNT ? i + 1 : 0], v[i + 2 < COUNT ? i + 2 : 0],
+                     v[i + 3 < COUNT ? i + 3 : 0]);
   } else if (ALIGN % 2 == 0 && COUNT % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < COUNT; i += 2)
@@ -70,7 +75,8 @@ __device__ __forceinline__ void store_words(u32* to, const u32 (&v)[COUNT]) {
 
 // Neighbouring pixels into a tile that is made of words along the pixels.
 template <int PER_WORD, int ALIGN, int COUNT>
-__device__ __forceinline__ void store_pixels(u32* tile, int element, const float (&v)[COUNT]) {
+__device__ __forceinline__ void store_pixels(u32* tile, int element,
+                                             const float (&v)[COUNT]) {
   if (PER_WORD == 1) {
     u32 words[COUNT];
 #pragma unroll
@@ -80,11 +86,13 @@ __device__ __forceinline__ void store_pixels(u32* tile, int element, const float
     constexpr int PAIRS = COUNT / 2 > 0 ? COUNT / 2 : 1;
     u32 words[PAIRS];
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) words[i] = pack_bf16(v[2 * i], v[2 * i + 1 < COUNT ? 2 * i + 1 : 0]);
+    for (int i = 0; i < PAIRS; ++i)
+      words[i] = pack_bf16(v[2 * i], v[2 * i + 1 < COUNT ? 2 * i + 1 : 0]);
     store_words<ALIGN>(tile + element / 2, words);
   } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) ((u16*)tile)[element + i] = (u16)pack_bf16(v[i], 0.0f);
+    for (int i = 0; i < COUNT; ++i)
+      ((u16*)tile)[element + i] = (u16)pack_bf16(v[i], 0.0f);
   }
 }
 
@@ -100,7 +108,8 @@ struct Gradient {
 constexpr int WINDOWS = run(QQ), WINDOW_RUNS = QQ / WINDOWS, RUN_Q = WINDOWS * WIN_W;
 
 // dz of WINDOWS neighbouring windows, the first one at index `at` of y.
-__device__ __forceinline__ void load_dz(float (&dz)[WIN_H][RUN_Q], const Gradient& from, size_t at) {
+__device__ __forceinline__ void load_dz(float (&dz)[WIN_H][RUN_Q], const Gradient& from,
+                                        size_t at) {
   float dy[WINDOWS];
   load_run(dy, from.dy + at);
   if (POOLED) {
@@ -159,10 +168,11 @@ __host__ __device__ constexpr int rows_of_dz(int rows) {
   return floor_div(rows - 1 + PAD_H, STRIDE_H) - FIRST_P + 1;
 }
 constexpr int YN = rows_of_dz(NR);
-// Rows of dz in shared memory, from row TILE_P + h0 / SH on; a tile of whole images needs no
-// border.
+// Rows of dz in shared memory, from row TILE_P + h0 / SH on; a tile of whole images
+// needs no border.
 constexpr int TILE_P = ROW_TILES == 1 ? most(FIRST_P, 0) : FIRST_P;
-constexpr int YT = ROW_TILES == 1 ? least(FIRST_P + rows_of_dz(TH), P) - TILE_P : rows_of_dz(TH);
+constexpr int YT =
+    ROW_TILES == 1 ? least(FIRST_P + rows_of_dz(TH), P) - TILE_P : rows_of_dz(TH);
 
 // Columns of dz that are read, with the border.
 __host__ __device__ constexpr int column_bound(bool high) {
@@ -182,21 +192,23 @@ constexpr int LEFT = round_up(-column_bound(false), 4);
 constexpr int PITCH = round_up(LEFT + column_bound(true), 4);
 constexpr int IMAGE = stride(YT * PITCH, GI > 1 ? GC : 0, GI > 1 ? 8 : 4);
 constexpr int PLANE = stride(TI * IMAGE, 8, 32);
-constexpr int ALIGN = GC >= 4 ? 4 : GC == 2 ? 2 : 1;
+constexpr int ALIGN = GC >= 4 ? 4 : 2;
 // weights [k word][c][r][s]
 constexpr int W_ROW = stride(CT * RS, 8 * RS % 32, 32);
 constexpr int W_RUN = run(C * RS) < run(CT * RS) ? run(C * RS) : run(CT * RS);
 constexpr int TILE_WORDS = KC * (PLANE + W_ROW);
-// Otherwise every word of dz that is used is loaded: pixels of images beyond the batch are
-// columns that nobody stores.
-constexpr bool BORDER = column_bound(false) < 0 || column_bound(true) > Q || K % (KC * E) != 0;
+// Otherwise every word of dz that is used is loaded: pixels of images beyond the batch
+// are columns that nobody stores.
+constexpr bool BORDER =
+    column_bound(false) < 0 || column_bound(true) > Q || K % (KC * E) != 0;
 constexpr int ACCUMULATORS = NI * NG * NR * MT * 4;
 constexpr int SUM_WORDS = WK > 1 ? WARPS * ACCUMULATORS * 32 : 0;
 constexpr int SHARED_WORDS = most(TILE_WORDS, SUM_WORDS);
 
-__device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int p0,
-                                              int k0, int N) {
-  constexpr int ROWS = (YT + WIN_H - 2) / WIN_H + 1;  // of windows that can touch YT rows
+__device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0,
+                                              int p0, int k0, int N) {
+  // rows of windows that can touch YT rows
+  constexpr int ROWS = (YT + WIN_H - 2) / WIN_H + 1;
   const int first = floor_div(p0, WIN_H);
   for_all<KC * TI, ROWS * WINDOW_RUNS, 4>([&](int plane, int item) {
     const int column = item % WINDOW_RUNS, pp = first + item / WINDOW_RUNS;
@@ -220,7 +232,8 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
   });
 }
 
-__device__ __forceinline__ void load_weights(u32* tile, const float* __restrict__ weight, int k0,
+__device__ __forceinline__ void load_weights(u32* tile,
+                                             const float* __restrict__ weight, int k0,
                                              int c0) {
   for_all<KC, CT * RS / W_RUN, 8>([&](int word, int item) {
     const int at = item * W_RUN, k = k0 + word * E;
@@ -241,7 +254,8 @@ __device__ __forceinline__ void load_weights(u32* tile, const float* __restrict_
 }
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
-                          const float* __restrict__ weight, float* __restrict__ dx, int N) {
+                          const float* __restrict__ weight, float* __restrict__ dx,
+                          int N) {
   const int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
   const int c0 = block % C_TILES * CT, h0 = block / C_TILES % ROW_TILES * TH;
   const int n0 = block / (C_TILES * ROW_TILES) * TI;
@@ -250,7 +264,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
   const int wi = WI == 1 ? 0 : warp / (WC * WG * WR) % WI;
   // first row of dz of the block's tile and of this warp's strip
   const int p_block = h0 / STRIDE_H + TILE_P;
-  const int p_warp = (ROW_TILES == 1 ? 0 : h0 / STRIDE_H) + wr * (NR / STRIDE_H) + FIRST_P;
+  const int p_warp =
+      (ROW_TILES == 1 ? 0 : h0 / STRIDE_H) + wr * (NR / STRIDE_H) + FIRST_P;
   u32* const dz_tile = shared;
   u32* const w_tile = shared + KC * PLANE;
   const u32* const dz_lane = dz_tile + t * PLANE + (wi * NI * GI + g / GC) * IMAGE +
@@ -301,14 +316,16 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
             if (!reaches[i]) continue;
 #pragma unroll
             for (int image = 0; image < NI; ++image) {
-              const u32* const from_dz = dz + image * GI * IMAGE + y * PITCH + first_q[i];
+              const u32* const from_dz =
+                  dz + image * GI * IMAGE + y * PITCH + first_q[i];
               const u32 b0 = from_dz[0], b1 = from_dz[4 * PLANE];
 #pragma unroll
               for (int r = 0; r < R; ++r) {
                 const int h = (y + FIRST_P) * STRIDE_H + r - PAD_H;
                 if (h < 0 || h >= NR) continue;
 #pragma unroll
-                for (int m = 0; m < MT; ++m) multiply(acc[image][i][h][m], a[r][m], b0, b1);
+                for (int m = 0; m < MT; ++m)
+                  multiply(acc[image][i][h][m], a[r][m], b0, b1);
               }
             }
           }
@@ -317,8 +334,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
     }
   }
 
-  // warps that shared the contraction exchange their sums: each adds, in the same order,
-  // those of its share of the rows
+  // warps that shared the contraction exchange their sums: each adds, in the same
+  // order, those of its share of the rows
   float* const sums = (float*)shared + (warp % (WARPS / WK)) * ACCUMULATORS * 32 + lane;
   constexpr int GIVEN = WARPS / WK * ACCUMULATORS * 32;
   if (WK > 1) {
@@ -347,9 +364,11 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = c0 + (wc * MT + m) * 16 + half * 8 + g;
-            float v[2] = {acc[image][i][row][m][2 * half], acc[image][i][row][m][2 * half + 1]};
+            float v[2] = {acc[image][i][row][m][2 * half],
+                          acc[image][i][row][m][2 * half + 1]};
             if (WK > 1) {
-              const int at = ((((image * NG + i) * NR + row) * MT + m) * 4 + 2 * half) * 32;
+              const int at =
+                  ((((image * NG + i) * NR + row) * MT + m) * 4 + 2 * half) * 32;
               v[0] = sums[at], v[1] = sums[at + 32];
 #pragma unroll
               for (int giver = 1; giver < WK; ++giver)
@@ -374,11 +393,12 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 // ================================================================ dweight, dbias
 namespace weight_gradient {
 
-// A contraction step takes 8 words of pixels: GQ columns, GW words, of GI images. Lane t
-// has words t and t + 4. With GW = 8 the second is 4 words further in the row, otherwise it
-// is in another image. (Tap s needs the pixels from s on: neighbouring words would be the
-// low word of one tap and the high word of another, and registers would have to be moved
-// for each product; words that are 4 apart are not shared up to s = 3.)
+// A contraction step takes 8 words of pixels: GQ columns, GW words, of GI images. Lane
+// t has words t and t + 4. With GW = 8 the second is 4 words further in the row,
+// otherwise it is in another image. (Tap s needs the pixels from s on: neighbouring
+// words would be the low word of one tap and the high word of another, and registers
+// would have to be moved for each product; words that are 4 apart are not shared up to
+// s = 3.)
 constexpr int GQ = DW_COLUMNS, GW = GQ / E, GI = 8 / GW;
 constexpr bool FLAT = DW_FLAT;
 // A warp: MT x 16 output channels, NT x 8 columns, RT rows of taps (all S).
@@ -389,15 +409,18 @@ static_assert(VK * VC * VR * VP == WARPS, "a block has 8 warps");
 static_assert(FLAT ? VR == 1 : VR * RT >= R, "a block covers all taps");
 constexpr int KT = 16 * MT * VK, K_TILES = ceil_div(K, KT);
 constexpr int CT = FLAT ? C : 8 * NT * VC, C_TILES = FLAT ? 1 : ceil_div(C, CT);
-static_assert(!FLAT || 8 * NT * VC >= C * RS, "a block covers all taps of all channels");
+static_assert(!FLAT || 8 * NT * VC >= C * RS,
+              "a block covers all taps of all channels");
 
-// In shared memory at a time: TP rows of TI images; a warp takes SEGMENT rows at a time.
+// A stage, what is in shared memory at a time: TP rows of TI images. A warp takes
+// SEGMENT rows at a time.
 constexpr int TI = DW_TI, TP = DW_TP, SEGMENT = DW_SEGMENT;
 constexpr int QUADS = ceil_div(Q, GQ), ROW_STEPS = ceil_div(P, TP);
 // rows whose code is laid out one behind the other: the window then needs no moves
 constexpr int ROWS_TOGETHER = FLAT ? 2 : STRIDE_H == 1 && RT * S <= 15 ? RT : 1;
 constexpr int UNITS = TI / GI * QUADS * (TP / SEGMENT);
-static_assert(TI % GI == 0 && TP % WIN_H == 0 && TP % SEGMENT == 0, "whole windows and units");
+static_assert(TI % GI == 0 && TP % WIN_H == 0 && TP % SEGMENT == 0,
+              "whole windows and units");
 
 // dz [k][image][p][q], words along q
 constexpr int DZ_PITCH = round_up(QUADS * GQ / E, 4);
@@ -409,7 +432,7 @@ constexpr int DZ_SECOND = GW == 8 ? 4 : 4 / GW * DZ_IMAGE;
 constexpr int XE = FLAT ? 1 : E;
 constexpr int LEFT = PAD_W ? round_up(PAD_W, 4 * XE) : 0;
 constexpr int XR = (TP - 1) * STRIDE_H + R;
-// the pixels that taps 0..S-1 of a word meet: WINDOW words, the first pixel at number SKIP
+// pixels that taps 0..S-1 of a word meet: WINDOW words, the first at number SKIP
 constexpr int SKIP = FLAT ? 0 : (LEFT - PAD_W) % XE;
 constexpr int WINDOW = ceil_div(SKIP + S + (E - 1) * STRIDE_W, XE);
 constexpr int X_LAST = LEFT - PAD_W - SKIP + (QUADS * GQ - E) * STRIDE_W + WINDOW * XE;
@@ -418,21 +441,23 @@ constexpr int X_IMAGE = stride(XR * X_PITCH, ALIGN % 4, 4);
 constexpr int X_PLANE = stride(TI * X_IMAGE, 4 * STRIDE_W, 32);
 constexpr int X_SECOND = GW == 8 ? 4 * E * STRIDE_W / XE : 4 / GW * X_IMAGE;
 constexpr int X_RUN = run(W), X_RUNS = W / X_RUN;
-// warps read a row of x for each of their RT taps, beyond the tile too if R is no multiple
-constexpr int TILE_WORDS = KT * DZ_PLANE + CT * X_PLANE + most(0, VR * RT - R) * X_PITCH;
+// warps read a row of x for each of their RT taps, some beyond the last row of taps
+constexpr int BEYOND = most(0, VR * RT - R) * X_PITCH;
+constexpr int TILE_WORDS = KT * DZ_PLANE + CT * X_PLANE + BEYOND;
 constexpr bool BORDER = PAD_W > 0 || Q % GQ != 0;
-// The gradient on its way out: of all output channels, or of 8 of each warp's at a time, once
-// for each of the warps that share the pixels.
+// The gradient on its way out: of all output channels, or of 8 of each warp's at a
+// time, once for each of the warps that share the pixels.
 constexpr int OUT_ROW = FLAT ? 8 * NT * VC : CT * RS;
 constexpr int PARTS = VP * KT * OUT_ROW <= TILE_WORDS ? 1 : 2 * MT;
 constexpr int PART_ROWS = KT / PARTS, PART_WORDS = PART_ROWS * OUT_ROW;
 constexpr int SHARED_WORDS = most(TILE_WORDS, VP * PART_WORDS);
 
-__device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int N, int p0,
-                                              int k0) {
+__device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0,
+                                              int N, int p0, int k0) {
   for_all<KT * TI, TP / WIN_H * WINDOW_RUNS, 4>([&](int plane, int item) {
-    const int column = item % WINDOW_RUNS, row = item / WINDOW_RUNS, pp = p0 / WIN_H + row;
-    const int image = plane % TI, ki = plane / TI, n = n0 + image, k = k0 + ki;
+    const int column = item % WINDOW_RUNS, row = item / WINDOW_RUNS;
+    const int image = plane % TI, ki = plane / TI;
+    const int n = n0 + image, k = k0 + ki, pp = p0 / WIN_H + row;
     if (pp >= PP || k >= K) return;
     // beyond the batch x is 0 and dz too
     float dz[WIN_H][RUN_Q] = {};
@@ -445,11 +470,12 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
   });
 }
 
-__device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ x, int n0,
-                                           int N, int p0, int c0) {
+__device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ x,
+                                           int n0, int N, int p0, int c0) {
   for_all<CT * TI, XR * X_RUNS, 8>([&](int plane, int item) {
-    const int column = item % X_RUNS, row = item / X_RUNS, h = p0 * STRIDE_H - PAD_H + row;
-    const int image = plane % TI, ci = plane / TI, n = n0 + image, c = c0 + ci;
+    const int column = item % X_RUNS, row = item / X_RUNS;
+    const int image = plane % TI, ci = plane / TI;
+    const int n = n0 + image, c = c0 + ci, h = p0 * STRIDE_H - PAD_H + row;
     if (c >= C) return;
     u32* const to = tile + ci * X_PLANE + image * X_IMAGE + row * X_PITCH;
     const float* const from = x + (((size_t)n * C + c) * H + h) * W + column * X_RUN;
@@ -464,7 +490,7 @@ __device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ 
   });
 }
 
-// The word of tap s: its pixels are numbers SKIP + s and one stride further of the window.
+// The word of tap s: pixels SKIP + s of the window and, in bf16, one stride further.
 __device__ __forceinline__ u32 pixels(const u32 (&window)[WINDOW], int s) {
   const int first = SKIP + s, second = first + STRIDE_W;
   if (E == 1) return window[first];
@@ -545,7 +571,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
         for (int m = 0; m < MT; ++m) {
           const u32* const from_dz = dz + m * 16 * DZ_PLANE;
           const u32 low[2] = {from_dz[0], from_dz[DZ_SECOND]};
-          const u32 high[2] = {from_dz[8 * DZ_PLANE], from_dz[8 * DZ_PLANE + DZ_SECOND]};
+          const u32 high[2] = {from_dz[8 * DZ_PLANE],
+                               from_dz[8 * DZ_PLANE + DZ_SECOND]};
           a[m].set(low[0], high[0], low[1], high[1]);
           if (with_bias) {
             bias[m][0] += sum_of(low[0]) + sum_of(low[1]);
@@ -559,7 +586,9 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const u32* const v = xs + tap[n] + i * X_SECOND;
-              b[i] = E == 1 ? copied_operand(v[0]) : pack_bf16(__uint_as_float(v[0]), __uint_as_float(v[STRIDE_W]));
+              b[i] = E == 1 ? copied_operand(v[0])
+                            : pack_bf16(__uint_as_float(v[0]),
+                                        __uint_as_float(v[STRIDE_W]));
             }
 #pragma unroll
             for (int m = 0; m < MT; ++m) multiply(acc[m][n][0][0], a[m], b[0], b[1]);
@@ -584,7 +613,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           for (int s = 0; s < ST; ++s)
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-              const u32 b0 = pixels(windows[r][n][0], s), b1 = pixels(windows[r][n][1], s);
+              const u32 b0 = pixels(windows[r][n][0], s);
+              const u32 b1 = pixels(windows[r][n][1], s);
 #pragma unroll
               for (int m = 0; m < MT; ++m) multiply(acc[m][n][r][s], a[m], b0, b1);
             }
@@ -593,8 +623,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
     }
   }
 
-  // Out through shared memory, so that stores to global memory are whole rows, and so that
-  // what warps made of different pixels is added in order.
+  // Out through shared memory, so that stores to global memory are whole rows, and so
+  // that what warps made of different pixels is added in order.
   float* const out = (float*)shared;
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
@@ -623,7 +653,8 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll 2
     for (int i = threadIdx.x; i < PART_WORDS; i += THREADS) {
       const int row = i / OUT_ROW, at = i % OUT_ROW;
-      const int k = k0 + (PARTS > 1 ? (row / 8 * MT + part / 2) * 16 + part % 2 * 8 + row % 8 : row);
+      const int of_part = (row / 8 * MT + part / 2) * 16 + part % 2 * 8 + row % 8;
+      const int k = k0 + (PARTS > 1 ? of_part : row);
       if (k >= K || c0 * RS + at >= C * RS) continue;
       float sum = out[i];
 #pragma unroll
@@ -682,5 +713,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     return;
   }
 #endif
-  weight_gradient::run_block(block - dx_blocks, (u32*)shared, from, x, dweight, dbias, N, stages);
+  weight_gradient::run_block(block - dx_blocks, (u32*)shared, from, x, dweight, dbias,
+                             N, stages);
 }

@@ -6,25 +6,26 @@
 //   dz = dy where relu let y through (y > 0), else 0
 //   dx[n,i] = sum_o dz[n,o] weight[o,i]
 //   dweight[o,i] = sum_n dz[n,o] x[n,i]      dbias[o] = sum_n dz[n,o]
-// Both products are D (rows x columns i) = sum over a contraction of A and B, with B's rows
-// as they lie in memory (weight[o], x[n]). The rows of D are images in the first and
-// outputs o in the second. Operands are words along the contraction (fused.cuh).
+// Both products are D (rows x columns i) = sum over a contraction of A and B, with B's
+// rows as they lie in memory (weight[o], x[n]). The rows of D are images in the first
+// and outputs o in the second. Operands are words along the contraction (fused.cuh).
 //
-// dweight may be split over the batch: each split writes a partial gradient, and reduce or
-// update (update.cu) adds them in order.
+// dweight may be split over the batch: each split writes a partial gradient, and
+// update.cu adds them in order.
 //
 // Launch: 256 threads, SHARED bytes; blocks 0 .. dw_blocks-1 work on dweight (i tile
 // fastest, then o tile, then split), the others on dx (i tile fastest, then images).
 // Compute capability 8.0 and up.
 #include "backward.cuh"
 
-constexpr int DEPTH = WORDS;                       // words of the contraction a stage holds
+constexpr int DEPTH = WORDS;  // words of the contraction a stage holds
 
 __host__ __device__ constexpr int stride(int size, int residue) {
   return size + ((residue - size) % 32 + 32) % 32;
 }
-// A matrix in global memory of rows of length LENGTH; where a second one is given, numbers
-// count only where it is positive (dz = dy masked by y).
+
+// A matrix in global memory of rows of length LENGTH; where a second one is given,
+// numbers count only where it is positive (dz = dy masked by y).
 template <int LENGTH> struct Matrix {
   static constexpr int RUN = run(LENGTH);
   const float* __restrict__ data;
@@ -50,13 +51,14 @@ template <int LENGTH> struct Matrix {
   }
 };
 
-// Floats that are multiplied as they are can be copied without passing through registers.
+// Floats that are multiplied as they are can be copied without passing through
+// registers.
 constexpr bool COPIED = E == 1;
 
 // tile[word][column]: words along the rows of the matrix
 template <bool COPY, int COLUMNS, int STRIDE, int LENGTH>
-__device__ __forceinline__ void load_down(u32* tile, const Matrix<LENGTH>& from, int row0,
-                                          int column0) {
+__device__ __forceinline__ void load_down(u32* tile, const Matrix<LENGTH>& from,
+                                          int row0, int column0) {
   constexpr int RUN = Matrix<LENGTH>::RUN;
   for_all<DEPTH, COLUMNS / RUN, 8>([&](int word, int item) {
     const int column = item * RUN, row = row0 + word * E;
@@ -76,8 +78,8 @@ __device__ __forceinline__ void load_down(u32* tile, const Matrix<LENGTH>& from,
 
 // tile[row][word]: words along the columns of the matrix
 template <int ROWS, int STRIDE, int LENGTH>
-__device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from, int row0,
-                                           int column0) {
+__device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from,
+                                           int row0, int column0) {
   constexpr int RUN = Matrix<LENGTH>::RUN;
   for_all<ROWS, DEPTH * E / RUN, 4>([&](int row, int item) {
     const int column = item * RUN;
@@ -92,8 +94,9 @@ __device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from
   });
 }
 
-// A block's tile of D: WM x WN warps, each MT x 16 rows and NT x 8 columns. A lies in shared
-// memory as [row][word] (ALONG) or [word][row]; strides keep the lanes in different banks.
+// A block's tile of D: WM x WN warps, each MT x 16 rows and NT x 8 columns. A lies in
+// shared memory as [row][word] (ALONG) or [word][row]; strides keep the lanes in
+// different banks.
 template <int WM_, int MT_, int NT_, bool ALONG> struct Tile {
   static constexpr int WM = WM_, MT = MT_, NT = NT_, WN = WARPS / WM;
   static constexpr int ROWS = 16 * MT * WM, COLUMNS = 8 * NT * WN;
@@ -105,7 +108,8 @@ template <int WM_, int MT_, int NT_, bool ALONG> struct Tile {
   float acc[MT][NT][4] = {};
   float row_sum[MT][2] = {};  // of A, over the contraction
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int row0 = threadIdx.x / 32 % WM * MT * 16, column0 = threadIdx.x / 32 / WM * NT * 8;
+  const int row0 = threadIdx.x / 32 % WM * MT * 16,
+            column0 = threadIdx.x / 32 / WM * NT * 8;
 
   __device__ __forceinline__ void add(const u32* a_tile, const u32* b_tile, int words) {
     constexpr int ROW = ALONG ? A_STRIDE : 1, WORD = ALONG ? 1 : A_STRIDE;
@@ -163,7 +167,8 @@ using DataTile = Tile<DX_WM, DX_MT, DX_NT, true>;
 constexpr int O_TILES = ceil_div(O, WeightTile::ROWS);
 constexpr int WEIGHT_I_TILES = ceil_div(I, WeightTile::COLUMNS);
 constexpr int DATA_I_TILES = ceil_div(I, DataTile::COLUMNS);
-static_assert(4 * WeightTile::SHARED_WORDS <= SHARED && 4 * DataTile::SHARED_WORDS <= SHARED,
+static_assert(4 * WeightTile::SHARED_WORDS <= SHARED &&
+                  4 * DataTile::SHARED_WORDS <= SHARED,
               "the host counts the same bytes");
 
 // images: of a split. dweight (splits, O, I), dbias (splits, O) or null.
@@ -177,7 +182,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   let_next_kernel_start();
   u32* const a = (u32*)shared;
   if (blockIdx.x < dw_blocks) {
-    const int i_tile = blockIdx.x % WEIGHT_I_TILES, o_tile = blockIdx.x / WEIGHT_I_TILES % O_TILES;
+    const int i_tile = blockIdx.x % WEIGHT_I_TILES,
+              o_tile = blockIdx.x / WEIGHT_I_TILES % O_TILES;
     const int split = blockIdx.x / (WEIGHT_I_TILES * O_TILES);
     const int o0 = o_tile * WeightTile::ROWS, i0 = i_tile * WeightTile::COLUMNS;
     const int end = (split + 1) * images < N ? (split + 1) * images : N;
@@ -208,7 +214,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         }
     }
   } else {
-    const int block = blockIdx.x - dw_blocks, i0 = block % DATA_I_TILES * DataTile::COLUMNS;
+    const int block = blockIdx.x - dw_blocks,
+              i0 = block % DATA_I_TILES * DataTile::COLUMNS;
     const int n0 = block / DATA_I_TILES * DataTile::ROWS;
     const Matrix<O> dz = {dy, RELU ? y : nullptr, N};
     const Matrix<I> weights = {weight, nullptr, O};

@@ -13,19 +13,20 @@ from dataclasses import dataclass
 
 WARPS = 8
 THREADS = 32 * WARPS
-# Registers for accumulators and operands: of the 128 that a thread may have when two blocks
-# share a multiprocessor, addresses and loads in flight take the others. The loads of the
-# weight gradient keep more numbers in flight.
+# Registers for accumulators and operands: of the 128 that a thread may have when two
+# blocks share a multiprocessor, addresses and loads in flight take the others.
 _DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 96
 # ... and what a block that has a multiprocessor for itself has more.
 _REGISTERS_ALONE = 100
-# What one block may use on every GPU from compute capability 8.0 on.
-_SHARED_LIMIT = 99 * 1024
+# Bytes of shared memory for a block: what every GPU from compute capability 8.0 on has,
+# and half of what a multiprocessor of 9.0 and 10.0 has.
+SHARED_LIMIT, LARGE_SHARED_LIMIT = 99 * 1024, 113 * 1024
 # Multiprocessors that the choice of tiles is made for, and a typical batch.
 _PROCESSORS, _BATCH = 132, 128
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
-# Clocks of a multiprocessor: a product of 16 x 8 x 8 words, a word of an operand for each
-# lane of a warp. In fp32 a product is three and four additions, and operands are split.
+# Clocks of a multiprocessor: a product of 16 x 8 x 8 words, a word of an operand for
+# each lane of a warp. In fp32 a product is three and four additions, and operands are
+# split.
 _MMA = {"fp32": 5.8, "tf32": 1.6, "bf16": 1.6}
 _LOAD = {"fp32": 1.35, "tf32": 0.6, "bf16": 0.6}
 # ... a float that a block fetches into shared memory
@@ -92,10 +93,12 @@ class Plan:
 
     def data_blocks(self, batch: int) -> int:
         """Blocks that work on dx."""
-        return self.data_tiles * _ceil(batch, self.data_images) if self.data_images else 0
+        return (
+            self.data_tiles * _ceil(batch, self.data_images) if self.data_images else 0
+        )
 
     def splits(self, batch: int, processors: int) -> tuple:
-        """(partial weight gradients, stages of each), for two blocks a multiprocessor."""
+        """(partial weight gradients, stages of each): two blocks a multiprocessor."""
         stages = _ceil(batch, self.weight_images) * self.weight_rows
         wanted = max(1, 2 * processors // self.weight_tiles)
         each = _ceil(stages, min(stages, wanted))
@@ -150,7 +153,9 @@ def _row_pairs(shape, first_row, rows):
     return reached, pairs
 
 
-def _data_tile_words(shape, mode, columns, low, high, rows, images, channels, row_tiles):
+def _data_tile_words(
+    shape, mode, columns, low, high, rows, images, channels, row_tiles
+):
     """(words of a k word of dz, words of a k word of weights)."""
     step, pad = shape.stride[0], shape.padding[0]
     taps, covered = shape.taps[0] * shape.taps[1], shape.covered[0]
@@ -183,10 +188,12 @@ def _row_choices(shape):
     """Rows of dx for a warp: the height in equal parts."""
     step, height = shape.stride[0], shape.height
     parts = {_ceil(height, n) for n in range(1, height + 1)}
-    return sorted({_up(n, step) for n in parts if _up(n, step) <= 16} | (parts & {height}))
+    return sorted(
+        {_up(n, step) for n in parts if _up(n, step) <= 16} | (parts & {height})
+    )
 
 
-def _data_plans(shape, mode, registers=0):
+def _data_plans(shape, mode, limit, registers):
     """All ways to cut the work on dx: (clocks, macros, bytes, blocks, images)."""
     taps_h, taps_w = shape.taps
     height, step = shape.height, shape.stride[0]
@@ -217,26 +224,28 @@ def _data_plans(shape, mode, registers=0):
                     continue
                 if channels >= 2 * _up(shape.channels, 16):
                     continue
-                row_tiles, c_tiles = _ceil(height, rows), _ceil(shape.channels, channels)
+                row_tiles = _ceil(height, rows)
+                c_tiles = _ceil(shape.channels, channels)
                 if row_tiles > 1 and nr % step:
                     continue
                 dz, weights = _data_tile_words(
                     shape, mode, columns, low, high, rows, images, channels, row_tiles
                 )
                 unit = 8 * wk
-                depth = _SHARED_LIMIT // 4 // (dz + weights) // unit * unit
+                depth = limit // 4 // (dz + weights) // unit * unit
                 if depth == 0:
                     continue
                 stages = _ceil(k_words, depth)
                 depth = _up(_ceil(k_words, stages), unit)
                 sums = WARPS * accumulators * 32 if wk > 1 else 0
                 shared = 4 * max(depth * (dz + weights), sums)
-                if shared > _SHARED_LIMIT:
+                if shared > limit:
                     continue
                 steps = _up(k_words, unit) // unit
                 mma = steps * pairs * reached * ni * mt
                 words = steps * (
-                    min(taps_w, reached) * taps_h * mt * 4 + rows_read * reached * ni * 2
+                    min(taps_w, reached) * taps_h * mt * 4
+                    + rows_read * reached * ni * 2
                 )
                 fetch = k_words * (
                     images * min(shape.covered[0], rows + taps_h) * shape.covered[1]
@@ -284,8 +293,11 @@ def _weight_tile_words(shape, mode, flat, columns, rows, images):
     )
 
 
-def _weight_plans(shape, mode, registers=0):
-    """All ways to cut the work on dweight: (clocks, macros, bytes, blocks, images, rows)."""
+def _weight_plans(shape, mode, limit, registers):
+    """All ways to cut the work on dweight.
+
+    (clocks, macros, bytes, blocks, images, stages of these images)
+    """
     taps_h, taps_w = shape.taps
     taps, step = taps_h * taps_w, shape.stride[0]
     height, width = shape.covered
@@ -301,9 +313,11 @@ def _weight_plans(shape, mode, registers=0):
     ):
         images = 4 * lane // columns * steps
         words = _weight_tile_words(shape, mode, flat, columns, rows, images)
-        if 4 * (16 * words[0] + words[1]) <= _SHARED_LIMIT:
+        if 4 * (16 * words[0] + words[1]) <= limit:
             tiles.append((columns, rows, images, *words))
-    for (vk, vc, vr, vp), mt, nt in itertools.product(_warps(4), (1, 2, 4), (1, 2, 3, 4)):
+    for (vk, vc, vr, vp), mt, nt in itertools.product(
+        _warps(4), (1, 2, 4), (1, 2, 3, 4)
+    ):
         k_tile = 16 * mt * vk
         if k_tile >= 2 * _up(shape.filters, 16):
             continue
@@ -314,7 +328,11 @@ def _weight_plans(shape, mode, registers=0):
         else:
             rt, channels = _ceil(taps_h, vr), 8 * nt * vc
             warp_taps, out_row = rt * taps_w, channels * taps
-            if vr > 1 and _ceil(taps_h, vr // 2) == rt or channels >= 2 * _up(shape.channels, 8):
+            if (
+                vr > 1
+                and _ceil(taps_h, vr // 2) == rt
+                or channels >= 2 * _up(shape.channels, 8)
+            ):
                 continue
         accumulators = 4 * mt * nt * warp_taps
         for columns, rows, images, dz, x, window, pitch in tiles:
@@ -328,7 +346,7 @@ def _weight_plans(shape, mode, registers=0):
                 words += max(0, vr * rt - taps_h) * pitch
             parts = 1 if vp * k_tile * out_row <= words else 2 * mt
             shared = 4 * max(words, vp * k_tile // parts * out_row)
-            if shared > _SHARED_LIMIT:
+            if shared > limit:
                 continue
             k_tiles = _ceil(shape.filters, k_tile)
             c_tiles = 1 if flat else _ceil(shape.channels, channels)
@@ -348,31 +366,34 @@ def _weight_plans(shape, mode, registers=0):
                     loads = warp_rows * (4 * mt + 2 * nt * window * min(rt, step))
                     loads += 2 * units * nt * window * max(0, rt - step)
                 clocks = WARPS * (_MMA[mode] * mma + _LOAD[mode] * loads)
-                # a unit, a row of it, a stage and a block take this long to begin and end
+                # what a unit, a row of it and a stage take to begin and end
                 clocks += WARPS * (40 * units + 10 * warp_rows) + _FETCH * fetch + 1000
                 per_block = _ceil(stages, 2 * _PROCESSORS)
                 total = 2 * (per_block * clocks + parts * 200 + out_clocks + 1500)
                 if stages < 2 * _PROCESSORS:
                     total *= max(0.5, stages / (2 * _PROCESSORS))
                 macros = {
-                    "DW_FLAT": int(flat), "DW_COLUMNS": columns, "DW_MT": mt, "DW_NT": nt,
-                    "DW_RT": rt, "DW_VK": vk, "DW_VC": vc, "DW_VR": vr, "DW_VP": vp,
-                    "DW_TI": images, "DW_TP": rows, "DW_SEGMENT": segment,
+                    "DW_FLAT": int(flat), "DW_COLUMNS": columns, "DW_MT": mt,
+                    "DW_NT": nt, "DW_RT": rt, "DW_VK": vk, "DW_VC": vc, "DW_VR": vr,
+                    "DW_VP": vp, "DW_TI": images, "DW_TP": rows,
+                    "DW_SEGMENT": segment,
                 }  # fmt: skip
                 yield total, macros, shared, k_tiles * c_tiles, images, row_steps
 
 
-def _best(plans, shape, mode):
+def _best(plans, shape, mode, limit):
     """(blocks a multiprocessor, the cheapest plan)."""
     for blocks, more in ((2, 0), (1, _REGISTERS_ALONE)):
-        found = min(plans(shape, mode, more), key=lambda plan: plan[0], default=None)
+        found = min(
+            plans(shape, mode, limit, more), key=lambda plan: plan[0], default=None
+        )
         if found is not None:
             return blocks, found
     raise NoPlan(f"no tile of the gradients of {shape} fits a multiprocessor")
 
 
 @functools.lru_cache(maxsize=None)
-def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
+def plan(shape: Shape, mode: str, need_dx: bool, limit: int = SHARED_LIMIT) -> Plan:
     """The cheapest cut for a layer, by a count of its instructions.
 
     Parameters
@@ -380,6 +401,8 @@ def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
     shape : Shape
     mode : {"fp32", "tf32", "bf16"}
     need_dx : bool
+    limit : int
+        Bytes of shared memory that a block may have.
 
     Raises
     ------
@@ -394,12 +417,12 @@ def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
         "POOL_H": shape.pool[0], "POOL_W": shape.pool[1], "RELU": int(shape.relu),
         "NEED_DX": int(need_dx),
     }  # fmt: skip
-    blocks, found = _best(_weight_plans, shape, mode)
+    blocks, found = _best(_weight_plans, shape, mode, limit)
     _, chosen, shared, weight_tiles, weight_images, weight_rows = found
     macros.update(chosen)
     data_tiles = data_images = 0
     if need_dx:
-        data_blocks, found = _best(_data_plans, shape, mode)
+        data_blocks, found = _best(_data_plans, shape, mode, limit)
         _, chosen, data_shared, data_tiles, data_images = found
         macros.update(chosen)
         shared, blocks = max(shared, data_shared), min(blocks, data_blocks)

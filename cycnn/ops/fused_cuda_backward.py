@@ -1,8 +1,8 @@
 """Fused backward operations on a GPU: launches of ``cuda/templates/*_backward.cu``.
 
-Weight gradients are made in parts, each from some of the pixels or images of the batch.
-The ``..._partials`` functions return the parts as they are, for an update that adds them
-itself (:class:`Updater`); the others add them and write dweight and dbias.
+Weight gradients are made in parts, each from some of the pixels or images of a batch.
+The ``..._partials`` functions return the parts as they are, for an update that adds
+them itself (:class:`Updater`); the others add them and write dweight and dbias.
 
 :mod:`cycnn.ops.conv_backward_plan` says how a convolution is cut into blocks.
 """
@@ -39,9 +39,15 @@ class Partials(NamedTuple):
         return self.weight.shape[0]
 
 
-def _capable(index) -> bool:
+@lru_cache(None)
+def _shared_limit(index) -> int:
+    """Bytes that a block may have on this GPU, 0 if the kernels do not run on it."""
     arch = _get(index).arch  # "sm_90"
-    return int(arch[3:-1]) >= 8
+    if int(arch[3:-1]) < 8:
+        return 0
+    if arch in ("sm_90", "sm_100"):
+        return conv_backward_plan.LARGE_SHARED_LIMIT
+    return conv_backward_plan.SHARED_LIMIT
 
 
 def _unsupported(what, *given):
@@ -92,7 +98,8 @@ def _allocate(splits, weight, dweight, dbias) -> Partials:
     if splits == 1 and dweight is not None:
         one = (1, *weight.shape)
         return Partials(
-            dweight.reshape(*one), None if dbias is None else dbias.reshape(1, dbias.size)
+            dweight.reshape(*one),
+            None if dbias is None else dbias.reshape(1, dbias.size),
         )
     return Partials(
         empty_on_gpu((splits, *weight.shape), _FLOAT32, device),
@@ -119,7 +126,7 @@ class _Conv(NamedTuple):
 
 
 @lru_cache(512)
-def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision):
+def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision, limit):
     n, k, p, q = shapes.conv2d_output_shape(x_shape, w_shape, stride, padding)
     y_shape = (n, k, p, q)
     if pool is not None:
@@ -127,26 +134,31 @@ def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision):
     shape = conv_backward_plan.Shape(
         *x_shape[1:], k, w_shape[2:], stride, padding, pool or (0, 0), relu
     )
-    plan = conv_backward_plan.plan(shape, precision, need_dx)
+    plan = conv_backward_plan.plan(shape, precision, need_dx, limit)
     return _Conv(y_shape, plan, _conv_kernel(plan))
 
 
 @lru_cache(None)
 def _conv_kernel(plan):
-    return Kernel("conv_block_backward", "conv_block_backward", "PPPPPPPPiii", plan.options)
+    return Kernel(
+        "conv_block_backward", "conv_block_backward", "PPPPPPPPiii", plan.options
+    )
 
 
-def conv_block_backward_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
+def conv_block_backward_supported(
+    x_shape, w_shape, pool, stride, padding, index
+) -> bool:
     """Whether :func:`conv_block_backward` can do it on GPU ``index``, in any precision.
 
     It asks for compute capability 8.0 or later and for tiles that fit shared memory.
     Dilation, groups and overlapping windows are for the unfused operations.
     """
-    if not _capable(index):
+    limit = _shared_limit(index)
+    if not limit:
         return False
     try:
         for precision in _MODES:
-            _conv(x_shape, w_shape, True, pool, stride, padding, True, precision)
+            _conv(x_shape, w_shape, True, pool, stride, padding, True, precision, limit)
     except conv_backward_plan.NoPlan:
         return False
     return True
@@ -167,17 +179,23 @@ def _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made):
     if dweight is not None:
         shapes.check_same(weight=weight.shape, dweight=dweight.shape)
     if dbias is not None:
-        shapes.check_same(**{"weight[:, 0, 0, 0]": weight.shape[:1], "dbias": dbias.shape})
+        shapes.check_same(
+            **{"weight[:, 0, 0, 0]": weight.shape[:1], "dbias": dbias.shape}
+        )
 
 
-def _run_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx):
+def _run_conv(
+    dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
+):
     device = x.device
-    if not _capable(device.index):
+    limit = _shared_limit(device.index)
+    if not limit:
         raise _unsupported("a convolution of", x.shape, weight.shape)
     try:
         made = _conv(
-            x.shape, weight.shape, relu, pool, stride, padding, need_dx, get_precision()
-        )
+            x.shape, weight.shape, relu, pool, stride, padding, need_dx,
+            get_precision(), limit,
+        )  # fmt: skip
     except conv_backward_plan.NoPlan:
         raise _unsupported("a convolution of", x.shape, weight.shape) from None
     _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made)
@@ -303,7 +321,7 @@ def _linear(n, inputs, outputs, relu, precision, processors):
 
 def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
     device = x.device
-    if not _capable(device.index):
+    if not _shared_limit(device.index):
         raise _unsupported("a linear layer of", x.shape, weight.shape)
     y_shape = n, outputs = shapes.linear_output_shape(x.shape, weight.shape)
     shapes.check_same(y=y_shape, dy=dy.shape)
@@ -323,7 +341,9 @@ def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
     made = _linear(
         1 << (n - 1).bit_length(), inputs, outputs, relu, get_precision(), gpu.sm_count
     )
-    tiles = ceil_div(outputs, made.weight_tile[0]) * ceil_div(inputs, made.weight_tile[1])
+    tiles = ceil_div(outputs, made.weight_tile[0]) * ceil_div(
+        inputs, made.weight_tile[1]
+    )
     stages = ceil_div(n, made.depth)
     splits = min(stages, max(1, gpu.sm_count // tiles))
     images = ceil_div(stages, splits) * made.depth
@@ -390,7 +410,9 @@ def head_backward(dlogits, x, weight, dweight, dbias, need_dx=True):
     Its forward made dlogits already, so a linear layer is left;
     see :func:`linear_block_backward`.
     """
-    return linear_block_backward(dlogits, None, x, weight, dweight, dbias, False, need_dx)
+    return linear_block_backward(
+        dlogits, None, x, weight, dweight, dbias, False, need_dx
+    )
 
 
 def head_backward_partials(dlogits, x, weight, need_dx=True):
@@ -446,12 +468,12 @@ class Updater:
         """
         self._rmsprop(
             _get(self._device.index).compute, self._blocks, THREADS, self._table,
-            self._entries, params, grads, squares, buffers, lr, alpha, eps, weight_decay,
-            momentum, dependent=True,
+            self._entries, params, grads, squares, buffers, lr, alpha, eps,
+            weight_decay, momentum, dependent=True,
         )  # fmt: skip
 
     def sgd(self, params, grads, buffers, lr, momentum, weight_decay, nesterov):
-        """One step of gradient descent, as ``ops.sgd_step`` does it; see :meth:`rmsprop`."""
+        """One step of descent, as ``ops.sgd_step`` does it; see :meth:`rmsprop`."""
         self._sgd(
             _get(self._device.index).compute, self._blocks, THREADS, self._table,
             self._entries, params, grads, buffers, lr, weight_decay, momentum,

@@ -82,15 +82,21 @@ class Conv:
 
     def __init__(self, name, batch, seed=3):
         image, (k, r, s), self.stride, self.padding, self.pool, self.relu = CONVS[name]
-        self.x, self.weight = normal(seed, batch, *image), normal(seed + 1, k, image[0], r, s)
-        z = reference.conv2d_forward(self.x, self.weight, None, self.stride, self.padding)
+        self.x, self.weight = normal(seed, batch, *image), normal(
+            seed + 1, k, image[0], r, s
+        )
+        z = reference.conv2d_forward(
+            self.x, self.weight, None, self.stride, self.padding
+        )
         self.y, self.code = reference.relu_forward(z) if self.relu else z, None
         if self.pool is not None:
             before = self.y
             self.y, at = reference.maxpool2d_forward(before, self.pool, self.pool)
             rows, columns = np.indices(self.y.shape[2:])
             h, w = at // z.shape[3], at % z.shape[3]
-            place = (h - rows * self.pool[0]) * self.pool[1] + w - columns * self.pool[1]
+            place = (
+                (h - rows * self.pool[0]) * self.pool[1] + w - columns * self.pool[1]
+            )
             self.code = (1 + place).astype(np.uint8)
             if self.relu:
                 self.code[self.y <= 0] = 0
@@ -194,12 +200,22 @@ def test_partials_add_up(fused):
 @pytest.mark.parametrize("inputs, outputs", [(512, 128), (33, 21), (400, 120), (7, 1)])
 @pytest.mark.parametrize("relu", [True, False])
 def test_linear_block(fused, precision, inputs, outputs, batch, relu):
-    x, weight, y = normal(1, batch, inputs), normal(2, outputs, inputs), normal(3, batch, outputs)
+    x, weight, y = (
+        normal(1, batch, inputs),
+        normal(2, outputs, inputs),
+        normal(3, batch, outputs),
+    )
     dy = normal(4, batch, outputs)
     dweight, dbias = poisoned(outputs, inputs), poisoned(outputs)
     poison_pool(x.shape)
     dx = fused.linear_block_backward(
-        on_gpu(dy), on_gpu(y) if relu else None, on_gpu(x), on_gpu(weight), dweight, dbias, relu
+        on_gpu(dy),
+        on_gpu(y) if relu else None,
+        on_gpu(x),
+        on_gpu(weight),
+        dweight,
+        dbias,
+        relu,
     )
     dz = np.where(y > 0, dy, 0.0) if relu else dy
 
@@ -253,13 +269,17 @@ class TestUpdater:
         buffer = normal(9, size) if momentum else None
         given = [on_gpu(array) for array in (param, square, buffer)]
         grads, lr = poisoned(size), Tensor(np.float32(0.01), "cuda")
-        updater.rmsprop(given[0], grads, given[1], given[2], lr, 0.99, 1e-8, 1e-4, momentum)
+        updater.rmsprop(
+            given[0], grads, given[1], given[2], lr, 0.99, 1e-8, 1e-4, momentum
+        )
         reference_buffer = None if buffer is None else buffer.astype(np.float64)
         want, want_square = param.astype(np.float64), square.astype(np.float64)
         reference.rmsprop_step(
             want, grad, want_square, reference_buffer, 0.01, 0.99, 1e-8, 1e-4, momentum
         )
-        np.testing.assert_allclose(given[0].numpy()[used], want[used], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            given[0].numpy()[used], want[used], rtol=0, atol=2e-6
+        )
         np.testing.assert_allclose(given[1].numpy()[used], want_square[used], rtol=1e-5)
         np.testing.assert_allclose(grads.numpy()[used], grad[used], rtol=0, atol=2e-5)
         # what belongs to no parameter is left alone
@@ -276,7 +296,9 @@ class TestUpdater:
         updater.sgd(given[0], None, given[1], lr, 0.9, 1e-4, nesterov)
         want, want_buffer = param.astype(np.float64), buffer.astype(np.float64)
         reference.sgd_step(want, grad, want_buffer, 0.01, 0.9, 1e-4, nesterov)
-        np.testing.assert_allclose(given[0].numpy()[used], want[used], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(
+            given[0].numpy()[used], want[used], rtol=0, atol=5e-6
+        )
         np.testing.assert_allclose(given[1].numpy()[used], want_buffer[used], atol=2e-5)
 
 
