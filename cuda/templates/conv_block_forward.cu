@@ -32,12 +32,21 @@
 // In "fp32" the tensor cores' sums, which are truncated at every step, are moved to ordinary
 // float32 sums after W_ROWS filter rows of a chunk.
 //
+// FIRST = 1: the input is not read but made here, by a first convolution block (conv_few.cuh,
+// its constants FIRST_...) of the image; all warps compute it into the staged input, which
+// one tile and one chunk must hold, and write it out for the backward. Two layers, one launch.
+// Its output channels are C, its pooled output H x W.
+//
 // SETTLED = 1: the filter was complete before the kernel ahead of this one started, so that
 // under programmatic dependent launch it may be fetched before that one has finished.
 //
 // Launch: grid (image groups x row tiles x column tiles, channel tiles), block 32 (WARPS_M
 // WARPS_N WARPS_K + STAGERS), dynamic shared memory SHARED_BYTES, any N >= 1.
+#if FIRST
+#include "conv_few.cuh"
+#else
 #include "fused.cuh"
+#endif
 #if WGMMA
 #include "wgmma.cuh"
 #endif
@@ -75,7 +84,28 @@ constexpr int PIXELS = TP * TQ * IM, ROW_PIXELS = TQ * IM, Z_PITCH = PIXELS + 4;
 constexpr int STAGING_BYTES = SLOTS * SLOT_BYTES + X_BUFFERS * X_BYTES;
 constexpr int Z_BYTES = WARPS_K * TK * Z_PITCH * 4;
 constexpr int BIAS = round_up(STAGING_BYTES > Z_BYTES ? STAGING_BYTES : Z_BYTES, 16);
-constexpr int FILLED = BIAS + 4 * TK, STAGED = FILLED + 8 * SLOTS, DONE = STAGED + 16;
+#if FIRST
+struct FirstLayer {
+  static constexpr int channels = FIRST_C, height = FIRST_H, width = FIRST_W, outputs = C;
+  static constexpr int filter_h = FIRST_R, filter_w = FIRST_S;
+  static constexpr int stride_h = FIRST_STRIDE_H, stride_w = FIRST_STRIDE_W;
+  static constexpr int pad_h = FIRST_PAD_H, pad_w = FIRST_PAD_W;
+  static constexpr int pool_h = FIRST_POOL_H, pool_w = FIRST_POOL_W;
+  static constexpr int relu = FIRST_RELU, bias = FIRST_HAS_BIAS, mode = MODE;
+  static constexpr int rows = H, m_tiles = ceil_div(C, 16), groups = FIRST_GROUPS;
+  static constexpr int threads = THREADS;
+};
+typedef Few<FirstLayer> First;
+static_assert(First::pooled_p == H && First::pooled_q == W, "layers that fit");
+static_assert(IM == 1 && CHUNKS == 1 && PARTS == 1, "one image, one chunk");
+static_assert(CHUNK_C <= 16 * FirstLayer::m_tiles, "channels past C are made too: zeros");
+static_assert(ROW_TILES == 1 && COLUMN_TILES == 1, "one tile");
+constexpr int FIRST_BYTES = round_up(First::bytes, 16);
+#else
+constexpr int FIRST_BYTES = 0;
+#endif
+constexpr int FIRST_AT = BIAS + 4 * TK, FILLED = FIRST_AT + FIRST_BYTES;
+constexpr int STAGED = FILLED + 8 * SLOTS, DONE = STAGED + 16;
 static_assert(DONE + 16 <= SHARED_BYTES, "shared memory");
 // a slot is refilled when its chunk is done, which is known only in the middle of the next
 static_assert(R % W_ROWS == 0 && SLOTS >= (CHUNKS > 1 ? 2 : 1) * ROW_GROUPS, "two chunks");
@@ -142,7 +172,7 @@ struct InputUnits {
   int to[X_UNITS];    // byte in the buffer, or -1: no unit
 };
 
-__device__ __forceinline__ InputUnits input_units(int images, int row0, int column0, int thread) {
+__device__ __forceinline__ InputUnits input_units(int present, int row0, int column0, int thread) {
   InputUnits units;
 #pragma unroll
   for (int u = 0; u < X_UNITS; ++u) {
@@ -150,7 +180,7 @@ __device__ __forceinline__ InputUnits input_units(int images, int row0, int colu
     const int column = COLUMN0 + i % LIVE_COLUMNS, image = i / LIVE_COLUMNS % IM;
     const int row = ROW0 + i / (LIVE_COLUMNS * IM) % LIVE_ROWS, quad = i / X_QUAD;
     const int h = row0 + row, w = column0 + column;
-    const bool inside = h >= 0 && h < H && w >= 0 && w < W && image < images && i < X_ALL;
+    const bool inside = h >= 0 && h < H && w >= 0 && w < W && image < present && i < X_ALL;
     units.from[u] = inside ? ((image * C + quad * QUAD_C) * H + h) * W + w : -1;
     units.to[u] = i < X_ALL ? 16 * (quad * PLANE_UNITS + row * ROW_UNITS +
                                     column % STRIDE_W * PHASE_UNITS +
@@ -420,12 +450,11 @@ constexpr int EAGER = SLOTS_USED * SLOT_BYTES <= EAGER_BYTES ? SLOTS_USED
                       : SLOT_BYTES >= EAGER_BYTES            ? 1
                                                              : EAGER_BYTES / SLOT_BYTES;
 
-__device__ __forceinline__ void stage(const float* x, const u8* filter, u32 shared,
-                                      const InputUnits& units, int thread) {
-  const u32 input = shared + SLOTS * SLOT_BYTES;
+// Clears the border, waits for earlier kernels and fetches the first slots; returns how many.
+__device__ __forceinline__ int begin(const u8* filter, u32 shared, int thread) {
   if (BORDER) {
     for (int b = thread * 16; b < X_BUFFERS * X_BYTES; b += STAGING * 16)
-      store_shared4(input + b, make_uint4(0, 0, 0, 0));
+      store_shared4(shared + SLOTS * SLOT_BYTES + b, make_uint4(0, 0, 0, 0));
     sync_threads(1, STAGING);
   }
   if (!SETTLED) wait_for_earlier_kernels();
@@ -435,6 +464,13 @@ __device__ __forceinline__ void stage(const float* x, const u8* filter, u32 shar
     fetch_filter(fetched, filter, shared, thread);
   if (SETTLED) wait_for_earlier_kernels();
   let_next_kernel_start();
+  return fetched;
+}
+
+__device__ __forceinline__ void stage(const float* x, const u8* filter, u32 shared,
+                                      const InputUnits& units, int thread) {
+  const u32 input = shared + SLOTS * SLOT_BYTES;
+  int fetched = begin(filter, shared, thread);
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const int b = chunk % 2;
@@ -466,7 +502,7 @@ __device__ __forceinline__ void multiply_all(Sums& sums, u32 shared) {
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const int b = chunk % 2;
-    barrier_wait(shared + STAGED + 8 * b, chunk / 2 & 1);
+    if (!FIRST) barrier_wait(shared + STAGED + 8 * b, chunk / 2 & 1);
     multiply(sums, chunk, shared + SLOTS * SLOT_BYTES + b * X_BYTES, shared);
     // where wgmma runs on, the chunk before is complete once only this one is pending
     constexpr int BEHIND = WGMMA && PARTS == 1;
@@ -478,7 +514,23 @@ __device__ __forceinline__ void multiply_all(Sums& sums, u32 shared) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-conv_block_forward(const float* x,       // [N][C][H][W]
+conv_block_forward(
+#if FIRST
+#if GATHER
+                   const u8* images,           // [M][FIRST_C][FIRST_H][FIRST_W]
+                   const int* index,           // [N]
+                   float scale, float shift,
+                   float* x_out,               // [N][FIRST_C][FIRST_H][FIRST_W] or null
+#else
+                   const float* image,         // [N][FIRST_C][FIRST_H][FIRST_W]
+#endif
+                   const float* first_filter,  // [C][FIRST_C][FIRST_R][FIRST_S]
+                   const float* first_bias,    // [C]
+                   float* first_y,             // [N][C][H][W]
+                   u8* first_code,             // the same, or null
+#else
+                   const float* x,       // [N][C][H][W]
+#endif
                    const u8* filter,     // packed by conv_pack_filter
                    const float* bias,    // [K]
                    float* y,             // [N][K][PP][QQ]
@@ -488,7 +540,8 @@ conv_block_forward(const float* x,       // [N][C][H][W]
   const u32 shared = shared_address(memory);
   const int tile = blockIdx.x, k0 = blockIdx.y * TK;
   const int tile_column = tile % COLUMN_TILES, tile_row = tile / COLUMN_TILES % ROW_TILES;
-  const int n0 = tile / (COLUMN_TILES * ROW_TILES) * IM, images = min(IM, N - n0);
+  const int n0 = tile / (COLUMN_TILES * ROW_TILES) * IM;
+  const int present = min(IM, N - n0);  // images
 
   if (threadIdx.x == 0) {
 #if __CUDA_ARCH__ >= 900
@@ -505,20 +558,65 @@ conv_block_forward(const float* x,       // [N][C][H][W]
   }
   __syncthreads();
 
-  Sums sums;
-  if (threadIdx.x >= MULTIPLIERS) {
-    const int thread = threadIdx.x - MULTIPLIERS;
-    const InputUnits units = input_units(images, tile_row * TP * STRIDE_H - PAD_H,
-                                         tile_column * TQ * STRIDE_W - PAD_W, thread);
-    stage(x + (long long)n0 * (C * H * W),
-          filter + (long long)blockIdx.y * SLOTS_USED * SLOT_BYTES, shared, units, thread);
-  } else {
+  filter += (long long)blockIdx.y * SLOTS_USED * SLOT_BYTES;
+  const int thread = threadIdx.x - MULTIPLIERS;  // of the stagers
+  if (threadIdx.x < MULTIPLIERS) {
     wait_for_earlier_kernels();
     let_next_kernel_start();
     for (int k = threadIdx.x; k < TK; k += MULTIPLIERS)
       ((float*)(memory + BIAS))[k] = HAS_BIAS && k0 + k < K ? bias[k0 + k] : 0.f;
+  }
+  Sums sums;
+#if FIRST
+  int fetched = thread >= 0 ? begin(filter, shared, thread) : 0;
+  u32* first = (u32*)(memory + FIRST_AT);
+  float b[First::m_tiles][2];
+  First::load_bias(b, first_bias, 0);
+#if GATHER
+  const PixelOfBytes pixel{images + (long long)index[n0] * (FIRST_C * FIRST_H * FIRST_W), scale,
+                           shift};
+#else
+  const PixelOfBatch pixel{image + (long long)n0 * (FIRST_C * FIRST_H * FIRST_W)};
+#endif
+  First::load(first, pixel, first_filter, -FIRST_PAD_H, 0);
+#if GATHER
+  if (x_out != nullptr && blockIdx.y == 0)
+    for (int i = threadIdx.x; i < FIRST_C * FIRST_H * FIRST_W; i += THREADS)
+      x_out[(long long)n0 * (FIRST_C * FIRST_H * FIRST_W) + i] = pixel(i);
+#endif
+  __syncthreads();
+  if (thread >= 0)
+    for (; fetched < SLOTS_USED; ++fetched) fetch_filter(fetched, filter, shared, thread);
+  First::multiply(first, b, threadIdx.x / 32, THREADS / 32,
+                  [&](int k, int window, const float(&v)[2], const u32(&at)[2]) {
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                      const int row = PAD_H + (window + e) / W, column = PAD_W + (window + e) % W;
+                      const int unit = k / QUAD_C * PLANE_UNITS + row * ROW_UNITS +
+                                       column % STRIDE_W * PHASE_UNITS + column / STRIDE_W;
+                      u8* to = memory + SLOTS * SLOT_BYTES + 16 * unit;
+                      const bool staged = k < CHUNK_C && window + e < H * W && row < XROWS &&
+                                          column < XCOLUMNS;
+                      if (!staged) continue;
+                      if (MODE == MODE_BF16) ((u16*)to)[k % 8] = pack_bf16(v[e], 0.f);
+                      else ((u32*)to)[k % 4] = round_tf32(v[e]);
+                    }
+                    if (blockIdx.y == 0) First::write(first_y, first_code, n0, k, 0, window, v, at);
+                  });
+#if WGMMA
+  fence_async();
+#endif
+  __syncthreads();
+  if (thread < 0) multiply_all(sums, shared);
+#else
+  if (thread >= 0) {
+    const InputUnits units = input_units(present, tile_row * TP * STRIDE_H - PAD_H,
+                                         tile_column * TQ * STRIDE_W - PAD_W, thread);
+    stage(x + (long long)n0 * (C * H * W), filter, shared, units, thread);
+  } else {
     multiply_all(sums, shared);
   }
+#endif
 
   float* z = (float*)memory;
   __syncthreads();
@@ -549,7 +647,7 @@ conv_block_forward(const float* x,       // [N][C][H][W]
       best = 0.f;
       at = 0;
     }
-    if (image < images && k0 + k < K && ii < PP && jj < QQ) {
+    if (image < present && k0 + k < K && ii < PP && jj < QQ) {
       const long long out = (((long long)(n0 + image) * K + k0 + k) * PP + ii) * QQ + jj;
       y[out] = best;
       if (HAS_CODE) code[out] = at;

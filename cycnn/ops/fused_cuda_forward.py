@@ -287,7 +287,7 @@ def conv_tiles(shape, n, machine, mode):
                         )
 
 
-def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
+def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq, extra=0):
     pixels = images * tile_p * tile_q
     most, total = machine.shared
     chunks, x_bytes, w_row = _geometry(shape, tile_p, tile_q, images, tk, cq, mode)
@@ -297,7 +297,7 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
     w_rows = shape.R if shape.R * w_row <= 12 << 10 else 1
     groups = shape.R // w_rows
     for blocks in (1, 2):
-        shared = min(most, total // blocks - 1) * 1024
+        shared = min(most, total // blocks - 1) * 1024 - extra
         room = (shared - kept * x_bytes - 4 * tk - 512) // (w_rows * w_row + 8)
         slots = min(room, chunks * groups, 24)
         if slots < kept * groups:
@@ -342,7 +342,7 @@ def block_plan(shape, tile, mode, settled=False):
     units = channel_tiles * tile.TK * quads * shape.R * shape.S
     return Plan(
         "conv_block_forward",
-        (*_shape_options(shape), ("MODE", mode), ("SETTLED", settled), *zip(Tile._fields, tile)),
+        (*_shape_options(shape), ("MODE", mode), ("SETTLED", settled), ("FIRST", 0), *zip(Tile._fields, tile)),
         bool(tile.WGMMA),
         32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS),
         tile.SHARED_BYTES,
@@ -364,7 +364,7 @@ def few_plan(shape, n, machine, mode, gather=False):
         return None
     p, q = shape.pooled
     parts = 2 if mode == 0 else 1
-    m_tiles = min(ceil_div(shape.K, 16), 4 // parts, max(1, 32 // positions))
+    m_tiles = min(ceil_div(shape.K, 16), 4 // parts, max(1, _MAX_POSITIONS // positions))
     groups = max(1, 4 // positions)
     channel_tiles = ceil_div(shape.K, 16 * m_tiles)
     steps = ceil_div(shape.C * shape.R * shape.S, 8)
@@ -392,7 +392,6 @@ def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
         ("TPP", rows),
         ("GROUPS", groups),
         ("WARPS", warps),
-        ("BLOCKS_PER_SM", 1),
         ("SHARED_BYTES", shared),
         ("GATHER", gather),
     )
@@ -400,6 +399,70 @@ def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
         "conv_few_forward", options, False, 32 * warps, shared, 1,
         ceil_div(shape.pooled[0], rows), ceil_div(shape.K, tk),
     )
+
+
+# Two convolutions in one kernel
+
+
+@lru_cache(None)
+def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
+    """The plan for a first convolution and the one behind it, or None.
+
+    A block makes all of the first one's output for an image and multiplies it at once, so
+    that must fit its shared memory with two filter rows at least. Not for "fp32".
+    """
+    quad = 8 if mode == 2 else 4
+    positions = first.pool[0] * first.pool[1]
+    m_tiles = ceil_div(first.K, 16)
+    if mode == 0 or machine.capability < (8, 0) or first.C > 4:
+        return None
+    if min(*first.pooled, *second.pooled) < 1 or (first.K, *first.pooled) != second[:3]:
+        return None
+    if m_tiles * positions > _MAX_POSITIONS:
+        return None
+    cq = _round_up(ceil_div(second.C, quad), 2)
+    steps = ceil_div(first.C * first.R * first.S, 8)
+    rows = (second.H * first.pool[0] - 1) * first.stride[0] + first.R
+    image_bytes = first.C * rows * (first.W + 2 * first.padding[1])
+    extra = 4 * (image_bytes + 16 * m_tiles * (8 * steps + 4)) + 16
+    used_p = second.pooled[0] * second.pool[0]
+    used_q = second.pooled[1] * second.pool[1]
+    kept = min(64, steps * m_tiles * 4)  # registers of the first filter
+    best = None
+    for tile_p in (used_p, *_extents(used_p, second.pool[0])):
+        for tile_q in _extents(used_q, second.pool[1]):
+            if tile_p < used_p or tile_q < used_q or tile_q % 8 or tile_p * tile_q > 512:
+                continue
+            for tk in (8, 16, 32, 64, 128):
+                if tk < second.K and tk < 128 or tile_p * tile_q % 16:
+                    continue
+                for tile in _completed(
+                    second, machine, mode, 1, tile_p, tile_q, tk, cq, extra
+                ):
+                    threads = 32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS)
+                    if kept + 4 * m_tiles * positions + 44 > 65536 // threads:
+                        continue
+                    price = _price(second, n, machine, tile, mode)
+                    if tile.BLOCKS_PER_SM == 1 and (best is None or price < best[0]):
+                        best = price, tile
+                if tk >= second.K:
+                    break
+    if best is None:
+        return None
+    tile = best[1]._replace(SHARED_BYTES=best[1].SHARED_BYTES + extra)
+    plan = block_plan(second, tile, mode, settled)
+    names = "CHWKRS"
+    options = {
+        **dict(plan.options),
+        **{f"FIRST_{name}": value for name, value in zip(names, first[:6])},
+        **{f"FIRST_{name}": value for name, value in _shape_options(first)[6:]},
+        "FIRST_GROUPS": max(1, 4 // positions // m_tiles),
+        "FIRST": 1,
+        "GATHER": gather,
+    }
+    for unused in ("FIRST_K", "FIRST_HAS_CODE"):
+        del options[unused]
+    return plan._replace(options=tuple(options.items()))
 
 
 @lru_cache(None)
