@@ -466,16 +466,27 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
 
 
 @lru_cache(None)
-def conv_plan(shape, n, machine, mode):
-    """The plan for a layer and a batch of up to ``n``; None where there is none."""
+def _best_tile(shape, n, machine, mode):
+    tiles = conv_tiles(shape, n, machine, mode)
+    return min(tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None)
+
+
+@lru_cache(None)
+def conv_plan(shape, n, machine, mode, settled=False):
+    """The plan for a layer and a batch of up to ``n``; None where there is none.
+
+    ``settled``: its packed filter was complete before the kernel ahead of it started.
+    """
     if min(shape.pooled) < 1 or machine.capability < (8, 0):
         return None
     plan = few_plan(shape, n, machine, mode)
     if plan is not None:
         return plan
-    tiles = conv_tiles(shape, n, machine, mode)
-    best = min(tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None)
-    return None if best is None else block_plan(shape, best, mode)
+    # one tile for all layers of this shape, so that they share a packed filter
+    tile = _best_tile(
+        shape._replace(relu=True, bias=True, code=True), n, machine, mode
+    )
+    return None if tile is None else block_plan(shape, tile, mode, settled)
 
 
 # Linear layers
@@ -494,7 +505,7 @@ def linear_plan(n, i, o, relu, bias, machine, mode):
     most = 4 if (m_tiles, n_tiles) == (4, 4) else 8  # static shared memory: 48 KiB
     warps = min(most, ceil_div(i, 16))
     options = (
-        ("HEAD", 0), ("I", i), ("O", o), ("RELU", relu), ("HAS_BIAS", bias), ("MODE", mode),
+        ("KERNEL", 0), ("I", i), ("O", o), ("RELU", relu), ("HAS_BIAS", bias), ("MODE", mode),
         ("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS", warps),
     )
     return Plan(
@@ -515,13 +526,27 @@ def head_plan(i, o, bias, machine, mode):
     pitch = 8 * n_tiles
     shared = 4 * 16 * (warps * (pitch + 8) + _round_up(o, pitch))
     options = (
-        ("HEAD", 1), ("I", i), ("O", o), ("HAS_BIAS", bias), ("MODE", mode),
+        ("KERNEL", 1), ("I", i), ("O", o), ("HAS_BIAS", bias), ("MODE", mode),
         ("N_TILES", n_tiles), ("WARPS", warps), ("CLUSTER", cluster),
         ("SHARED_BYTES", shared),
     )
     return Plan(
         "linear_block_forward", options, False, 32 * warps, shared, 1, 1, cluster
     )
+
+
+@lru_cache(None)
+def tail_plan(i, hidden, o, relu, bias, bias_out, machine, mode):
+    """The plan of a linear layer and the head behind it; None where there is none."""
+    clusters = (9, 0) <= machine.capability < (12, 0)
+    if not clusters or hidden > 256 or o > 32:
+        return None
+    options = (
+        ("KERNEL", 2), ("I", i), ("HID", hidden), ("O", o), ("RELU", relu),
+        ("HAS_BIAS", bias), ("HAS_BIAS_OUT", bias_out), ("MODE", mode),
+        ("N_TILES", ceil_div(hidden, 64)), ("WARPS", 8),
+    )
+    return Plan("linear_block_forward", options, False, 256, 0, 16, 8, 1)
 
 
 # The operations
@@ -556,20 +581,31 @@ def _kernels(plan, name, signature):
     return _Kernels(plan, run, pack)
 
 
-@lru_cache(512)
-def _conv(x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision):
-    """(shape of y, kernels or None) of a convolution block."""
-    n, k, p, q = shapes.conv2d_output_shape(
+def _conv_shape(x_shape, w_shape, bias_shape, relu, pool, stride, padding):
+    """(ConvShape, shape of y); ShapeError where they do not fit."""
+    y_shape = n, k, _, _ = shapes.conv2d_output_shape(
         x_shape, w_shape, stride, padding, bias_shape=bias_shape
     )
-    y_shape = (n, k, p, q)
     if pool is not None:
         y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
     shape = ConvShape(
-        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), relu,
+        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), bool(relu),
         bias_shape is not None, pool is not None,
     )
-    plan = conv_plan(shape, _batch(n), _machine(index), _MODES[precision])
+    return shape, y_shape
+
+
+@lru_cache(512)
+def _conv(
+    x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision, settled
+):
+    """(shape of y, kernels or None) of a convolution block."""
+    shape, y_shape = _conv_shape(
+        x_shape, w_shape, bias_shape, relu, pool, stride, padding
+    )
+    plan = conv_plan(
+        shape, _batch(x_shape[0]), _machine(index), _MODES[precision], settled
+    )
     if plan is None:
         return y_shape, None
     few = plan.library == "conv_few_forward"
@@ -584,8 +620,8 @@ def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool
     operations.
     """
     return all(
-        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, precision)[1]
-        for precision in _MODES
+        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, mode, False)[1]
+        for mode in _MODES
     )
 
 
@@ -596,7 +632,43 @@ def _unsupported(what, *given):
     )
 
 
-def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0)):
+def _pack(kernels, weight):
+    """The filter as the kernels want it, in a new tensor."""
+    packed = empty_on_gpu((4 * kernels.plan.packed_units,), _FLOAT32, weight.device)
+    kernels.pack(
+        _get(weight.device.index).compute,
+        ceil_div(kernels.plan.pack_threads, 256),
+        256,
+        weight,
+        packed,
+        dependent=True,
+    )
+    return packed
+
+
+def pack_filter(weight, x_shape, pool, stride=(1, 1), padding=(0, 0)):
+    """The packed filter for :func:`conv_block_forward` of an x of this shape.
+
+    Packing ahead, for instance where the filter is updated, takes a launch out of the
+    forward pass. Valid for this batch, precision and filter.
+
+    Returns
+    -------
+    Tensor or None
+        None where the kernel takes the filter as it is.
+    """
+    _, kernels = _conv(
+        x_shape, weight.shape, None, True, pool, stride, padding, weight.device.index,
+        get_precision(), True,
+    )
+    if kernels is None:
+        raise _unsupported("a convolution of", x_shape, weight.shape)
+    return None if kernels.pack is None else _pack(kernels, weight)
+
+
+def conv_block_forward(
+    x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0), packed=None
+):
     """Convolution, ReLU if ``relu`` and max pooling if ``pool``, in one kernel.
 
     Parameters
@@ -609,6 +681,9 @@ def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0
         Height and width of the windows, which are also their distance. Rows and columns
         left over are dropped.
     stride, padding : tuple of int
+    packed : Tensor or None
+        What :func:`pack_filter` returned, complete before the kernel ahead of this one
+        started: some other kernel was queued in between.
 
     Returns
     -------
@@ -627,25 +702,143 @@ def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0
     device = x.device
     y_shape, kernels = _conv(
         x.shape, weight.shape, None if bias is None else bias.shape, relu, pool, stride,
-        padding, device.index, get_precision(),
+        padding, device.index, get_precision(), packed is not None,
     )
     if kernels is None:
         raise _unsupported("a convolution of", x.shape, weight.shape)
-    plan, run, pack = kernels
     y = empty_on_gpu(y_shape, _FLOAT32, device)
     code = None if pool is None else empty_on_gpu(y_shape, _UINT8, device)
     n = y_shape[0]
-    if not n:
-        return y, code
-    stream = _get(device.index).compute
-    launch = dict(shared=plan.shared, dependent=True)
-    if pack is None:
-        run(stream, plan.grid(n), plan.block, x, weight, bias, y, code, **launch)
-        return y, code
-    packed = empty_on_gpu((4 * plan.packed_units,), _FLOAT32, device)
-    pack(stream, ceil_div(plan.pack_threads, 256), 256, weight, packed, dependent=True)
-    run(stream, plan.grid(n), plan.block, x, packed, bias, y, code, n, **launch)
+    if n:
+        plan = kernels.plan
+        arguments = x, weight, bias, y, code
+        if kernels.pack is not None:
+            packed = _pack(kernels, weight) if packed is None else packed
+            arguments = x, packed, bias, y, code, n
+        kernels.run(
+            _get(device.index).compute, plan.grid(n), plan.block, *arguments,
+            shared=plan.shared, dependent=True,
+        )
     return y, code
+
+
+class Gather(NamedTuple):
+    """A batch that is made where it is read: images[index] * scale + shift."""
+
+    images: object  # uint8 Tensor (M, C, H, W)
+    index: object  # int32 Tensor (N,), its numbers below M
+    scale: float
+    shift: float
+    x: object  # float32 Tensor (N, C, H, W) that the batch is written to, or None
+
+    @property
+    def shape(self) -> tuple:
+        return (*self.index.shape, *self.images.shape[1:])
+
+    @property
+    def arguments(self) -> tuple:
+        return self.images, self.index, self.scale, self.shift, self.x
+
+
+@lru_cache(512)
+def _pair(x_shape, first, second, index, precision, gather, settled):
+    """(shapes of both outputs, kernels or None); first and second: (shape of weight, of
+    bias, relu, pool, stride, padding)."""
+    one, y1_shape = _conv_shape(x_shape, *first)
+    two, y2_shape = _conv_shape(y1_shape, *second)
+    plan = pair_plan(
+        one, two, _batch(x_shape[0]), _machine(index), _MODES[precision], gather, settled
+    )
+    if plan is None:
+        return y1_shape, y2_shape, None
+    signature = ("PPffP" if gather else "P") + "PPPP" + "PPPPi"
+    return y1_shape, y2_shape, _kernels(plan, plan.library, signature)
+
+
+class ConvBlock(NamedTuple):
+    """The arguments of one of the convolutions of :func:`conv_pair_forward`."""
+
+    weight: object
+    bias: object
+    relu: bool
+    pool: tuple | None
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+
+    @property
+    def geometry(self) -> tuple:
+        bias = None if self.bias is None else self.bias.shape
+        return self.weight.shape, bias, *self[2:]
+
+
+def conv_pair_supported(x_shape, first, second, index, gather=False) -> bool:
+    """Whether :func:`conv_pair_forward` has a kernel, in the precision that is set."""
+    return bool(
+        _pair(
+            x_shape, first.geometry, second.geometry, index, get_precision(), gather, False
+        )[2]
+    )
+
+
+def pack_pair_filter(x_shape, first, second, gather=False):
+    """The packed filter of ``second``, as :func:`pack_filter`."""
+    *_, kernels = _pair(
+        x_shape, first.geometry, second.geometry, second.weight.device.index,
+        get_precision(), gather, True,
+    )
+    if kernels is None:
+        raise _unsupported("convolutions of", x_shape, first.geometry, second.geometry)
+    return _pack(kernels, second.weight)
+
+
+def conv_pair_forward(x, first, second, packed=None):
+    """A first convolution block of few channels and the one behind it, in one kernel.
+
+    The result is that of two calls of :func:`conv_block_forward`.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W) or Gather
+    first, second : ConvBlock
+    packed : Tensor or None
+        What :func:`pack_pair_filter` returned; see :func:`conv_block_forward`.
+
+    Returns
+    -------
+    y1, code1, y2, code2 : Tensor or None
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_pair_supported` says no.
+    """
+    device = first.weight.device
+    gather = isinstance(x, Gather)
+    y1_shape, y2_shape, kernels = _pair(
+        x.shape, first.geometry, second.geometry, device.index, get_precision(), gather,
+        packed is not None,
+    )
+    if kernels is None:
+        raise _unsupported("convolutions of", x.shape, first.geometry, second.geometry)
+    y1, y2 = (empty_on_gpu(shape, _FLOAT32, device) for shape in (y1_shape, y2_shape))
+    code1, code2 = (
+        None if block.pool is None else empty_on_gpu(shape, _UINT8, device)
+        for block, shape in ((first, y1_shape), (second, y2_shape))
+    )
+    n = x.shape[0]
+    if n:
+        plan = kernels.plan
+        packed = _pack(kernels, second.weight) if packed is None else packed
+        kernels.run(
+            _get(device.index).compute, plan.grid(n), plan.block,
+            *(x.arguments if gather else (x,)),
+            first.weight, first.bias, y1, code1,
+            packed, second.bias, y2, code2, n,
+            shared=plan.shared, dependent=True,
+        )
+    return y1, code1, y2, code2
 
 
 def linear_block_forward(x, weight, bias, relu):
@@ -674,7 +867,8 @@ def linear_block_forward(x, weight, bias, relu):
         x.shape, weight.shape, None if bias is None else bias.shape
     )
     plan = linear_plan(
-        _batch(n), x.shape[1], outputs, relu, bias is not None, _machine(device.index),
+        _batch(n), x.shape[1], outputs, bool(relu), bias is not None,
+        _machine(device.index),
         _MODES[get_precision()],
     )
     if plan is None:
@@ -739,3 +933,64 @@ def head_forward(x, weight, bias, labels):
         labels, log_probs, loss, dlogits, n, shared=plan.shared, dependent=True,
     )
     return log_probs, loss, dlogits
+
+
+def tail_supported(inputs, hidden, classes, index) -> bool:
+    """Whether :func:`tail_forward` can do it on GPU ``index``: Hopper, a small tail."""
+    machine = _machine(index)
+    return tail_plan(inputs, hidden, classes, True, True, True, machine, 0) is not None
+
+
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+    """A linear layer, ReLU if ``relu``, and the head behind it, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight, bias : Tensor (H, I), Tensor (H,) or None
+    relu : bool
+    weight_out, bias_out : Tensor (O, H), Tensor (O,) or None
+    labels : int32 Tensor (N,)
+
+    Returns
+    -------
+    hidden : Tensor (N, H)
+    log_probs : Tensor (N, O)
+    losses : Tensor (N,)
+        -log_probs at the labels, whose mean is the loss; NaN for a label that is no
+        class.
+    dlogits : Tensor (N, O)
+        (softmax - onehot) / N, the gradient of the mean.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`tail_supported` says no.
+    """
+    device = x.device
+    hidden_shape = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    y_shape = n, classes = shapes.linear_output_shape(
+        hidden_shape, weight_out.shape, None if bias_out is None else bias_out.shape
+    )
+    shapes.check_labels("the scores", y_shape, labels.shape)
+    plan = tail_plan(
+        x.shape[1], hidden_shape[1], classes, bool(relu), bias is not None,
+        bias_out is not None, _machine(device.index), _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a tail of", x.shape, weight.shape, weight_out.shape)
+    hidden = empty_on_gpu(hidden_shape, _FLOAT32, device)
+    log_probs = empty_on_gpu(y_shape, _FLOAT32, device)
+    dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
+    losses = empty_on_gpu((n,), _FLOAT32, device)
+    if n:
+        _kernels(plan, "tail_forward", "PPPPPPPPPPi").run(
+            _get(device.index).compute, plan.grid(n)[0], plan.block, x, weight, bias,
+            weight_out, bias_out, labels, hidden, log_probs, losses, dlogits, n,
+            dependent=True,
+        )
+    return hidden, log_probs, losses, dlogits
