@@ -1,31 +1,32 @@
 // The first convolution of a network, which has few input channels: filter taps as the
-// contraction. Used by conv_few_forward.cu, and by conv_block_forward.cu in front of the
-// second convolution.
+// contraction. Used by conv_few_forward.cu, and by conv_block_forward.cu in front of
+// the second convolution.
 //
 // With 1 or 3 channels there is no quad of channels to multiply. Instead
-//   d[k][window] += filter[k][tap] x[window's pixel + tap],   tap = (c, r, s) as in memory,
+//   d[k][window] += filter[k][tap] x[window's pixel + tap],  tap = (c, r, s) in order,
 // filled up with zeros to a multiple of 8 (25 -> 32, 27 -> 32).
 //
-// mma.sync with channels as rows and pixels as columns (fragments in fused.cuh). The 8 pixels
-// of a fragment are the same position of 8 consecutive pooling windows, so a thread ends up
-// with every position of its windows 2t and 2t + 1: bias, ReLU and max pool happen in
-// registers.
+// mma.sync with channels as rows and pixels as columns (fragments in fused.cuh). The 8
+// pixels of a fragment are the same position of 8 consecutive pooling windows, so a
+// thread ends up with every position of its windows 2t and 2t + 1: bias, ReLU and max
+// pool happen in registers.
 //
-// A block holds the input rows under `rows` rows of windows in shared memory as plain planes
-// [part][c][x_rows][x_pitch]. A lane reads column word
+// A block holds the input rows under `rows` rows of windows in shared memory as plain
+// planes [part][c][x_rows][x_pitch]. A lane reads column word
 //   x[base of its window + position + offset of tap 8 step + t (+ 4)],
-// 32 bits at a time; neighbouring taps and windows overlap, so conflicts are rare. The filter
-// lies behind them as [part][16 m_tiles][f_pitch] and moves to registers where it fits.
-// "part": big and small halves in "fp32". In "bf16" the operands stay tf32: with so few
-// channels it costs nothing and errs less.
+// 32 bits at a time; neighbouring taps and windows overlap, so conflicts are rare. The
+// filter lies behind them as [part][16 m_tiles][f_pitch] and moves to registers where
+// it fits. "part": big and small halves in "fp32". In "bf16" the operands stay tf32:
+// with so few channels it costs nothing and errs less.
 #pragma once
 #include "fused.cuh"
 
 // L has the layer's constants:
-//   channels height width outputs, filter_h filter_w, stride_h .. pad_h .. pool_h .., relu
-//   bias mode; rows (of windows, a block's), m_tiles (16 channels each, a block's), groups
-//   (8 windows each, a warp's at a time), threads
-template <class L> struct Few : L {
+//   channels height width outputs, filter_h filter_w, stride_h .. pad_h .. pool_h ..,
+//   relu bias mode; and of a block: rows (of windows), m_tiles (16 channels each),
+//   groups (8 windows each, a warp's at a time), threads
+template <class L>
+struct Few : L {
   static constexpr int p = (L::height + 2 * L::pad_h - L::filter_h) / L::stride_h + 1;
   static constexpr int q = (L::width + 2 * L::pad_w - L::filter_w) / L::stride_w + 1;
   static constexpr int pooled_p = p / L::pool_h, pooled_q = q / L::pool_w;
@@ -39,7 +40,8 @@ template <class L> struct Few : L {
   static constexpr int x_rows = (L::rows * L::pool_h - 1) * L::stride_h + L::filter_h;
   static constexpr int x_pitch = L::width + 2 * L::pad_w;
   static constexpr int x_part = L::channels * x_rows * x_pitch;
-  static constexpr int f_pitch = steps * 8 + 4;  // 4 mod 8: no conflicts between fragments
+  static constexpr int f_pitch =
+      steps * 8 + 4;  // 4 mod 8: no conflicts between fragments
   static constexpr int f_part = 16 * L::m_tiles * f_pitch;
   static constexpr int bytes = 4 * parts * (x_part + f_part);
 
@@ -59,11 +61,12 @@ template <class L> struct Few : L {
     if (parts == 2) to[part_words] = rest_tf32(v, to[0]);
   }
 
-  // Brings the input rows from row0 on (which may lie in the padding) and the filters from
-  // channel k0 on; pixel(i) is element i of the image. All threads call it, then synchronise.
+  // Brings the input rows from row0 on (which may lie in the padding) and the filters
+  // from channel k0 on; pixel(i) is element i of the image. All threads call it, then
+  // synchronise.
   template <class Pixel>
-  static __device__ __forceinline__ void load(u32* shared, Pixel pixel, const float* filter,
-                                              int row0, int k0) {
+  static __device__ __forceinline__ void load(u32* shared, Pixel pixel,
+                                              const float* filter, int row0, int k0) {
     u32* fs = shared + parts * x_part;
     // the first batches of both are loaded before either is stored: one round trip
 #pragma unroll 1
@@ -95,14 +98,15 @@ template <class L> struct Few : L {
 #pragma unroll
       for (int j = 0; j < f_batch; ++j) {
         const int i = f_first + j * L::threads;
-        if (i < f_all) store(fs + i / (steps * 8) * f_pitch + i % (steps * 8), f_part, f[j]);
+        if (i < f_all)
+          store(fs + i / (steps * 8) * f_pitch + i % (steps * 8), f_part, f[j]);
       }
     }
   }
 
   // bias[m][half] of channels k0 + 16 m + 8 half + g
-  static __device__ __forceinline__ void load_bias(float (&b)[L::m_tiles][2], const float* bias,
-                                                   int k0) {
+  static __device__ __forceinline__ void load_bias(float (&b)[L::m_tiles][2],
+                                                   const float* bias, int k0) {
 #pragma unroll
     for (int i = 0; i < 2 * L::m_tiles; ++i) {
       const int k = k0 + i * 8 + threadIdx.x % 32 / 4;
@@ -111,7 +115,8 @@ template <class L> struct Few : L {
   }
 
   typedef u32 Fragments[parts][L::m_tiles][4];
-  static __device__ __forceinline__ void load_fragments(Fragments& a, const u32* fs, int step) {
+  static __device__ __forceinline__ void load_fragments(Fragments& a, const u32* fs,
+                                                        int step) {
 #pragma unroll
     for (int i = 0; i < parts * L::m_tiles * 4; ++i) {
       const int part = i / (4 * L::m_tiles), m = i / 4 % L::m_tiles, e = i % 4;
@@ -121,28 +126,32 @@ template <class L> struct Few : L {
     }
   }
 
-  // The products, by `warps` warps of which this is number `warp`. For each channel k (from
-  // 0, in the tile) and pair of windows of the tile emit(k, window, value, code) is called
-  // once, with values and codes of windows `window` (even) and window + 1; k and windows may
-  // lie beyond what exists.
+  // The products, by `warps` warps of which this is number `warp`. For each channel k
+  // (from 0, in the tile) and pair of windows of the tile emit(k, window, value, code)
+  // is called once, with values and codes of windows `window` (even) and window + 1; k
+  // and windows may lie beyond what exists.
   template <class Emit>
   static __device__ __forceinline__ void multiply(const u32* shared,
-                                                  const float (&b)[L::m_tiles][2], int warp,
-                                                  int warps, Emit emit) {
+                                                  const float (&b)[L::m_tiles][2],
+                                                  int warp, int warps, Emit emit) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const u32 x_base = shared_address(shared);
     const u32* fs = shared + parts * x_part;
     u32 offset[steps][2];  // bytes from a window's pixel to this lane's taps
 #pragma unroll
     for (int i = 0; i < 2 * steps; ++i) {
-      const int tap = i / 2 * 8 + t + i % 2 * 4, in_plane = tap % (L::filter_h * L::filter_w);
-      const int row = tap / (L::filter_h * L::filter_w) * x_rows + in_plane / L::filter_w;
+      const int tap = i / 2 * 8 + t + i % 2 * 4,
+                in_plane = tap % (L::filter_h * L::filter_w);
+      const int row =
+          tap / (L::filter_h * L::filter_w) * x_rows + in_plane / L::filter_w;
       // beyond the taps the filter is 0
-      offset[i / 2][i % 2] = tap < taps ? 4 * (row * x_pitch + in_plane % L::filter_w) : 0;
+      offset[i / 2][i % 2] =
+          tap < taps ? 4 * (row * x_pitch + in_plane % L::filter_w) : 0;
     }
     Fragments kept[resident ? steps : 1];
 #pragma unroll
-    for (int step = 0; resident && step < steps; ++step) load_fragments(kept[step], fs, step);
+    for (int step = 0; resident && step < steps; ++step)
+      load_fragments(kept[step], fs, step);
 
 #pragma unroll 1
     for (int pass = warp; pass < passes; pass += warps) {
@@ -213,10 +222,11 @@ template <class L> struct Few : L {
     }
   }
 
-  // Writes what emit is given: y and code at (n, k, window of the plane), which starts at
-  // window0 for the tile.
-  static __device__ __forceinline__ void write(float* y, u8* code, int n, int k, int window0,
-                                               int window, const float (&v)[2],
+  // Writes what emit is given: y and code at (n, k, window of the plane), which starts
+  // at window0 for the tile.
+  static __device__ __forceinline__ void write(float* y, u8* code, int n, int k,
+                                               int window0, int window,
+                                               const float (&v)[2],
                                                const u32 (&at)[2]) {
     constexpr int plane = pooled_p * pooled_q;
     if (k >= L::outputs) return;
@@ -245,5 +255,7 @@ struct PixelOfBatch {
 struct PixelOfBytes {
   const u8* image;
   float scale, shift;
-  __device__ __forceinline__ float operator()(int i) const { return image[i] * scale + shift; }
+  __device__ __forceinline__ float operator()(int i) const {
+    return image[i] * scale + shift;
+  }
 };

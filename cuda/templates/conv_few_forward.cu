@@ -1,7 +1,7 @@
 // conv_block_forward for few input channels (as in a first layer); how: conv_few.cuh.
 //
-// GATHER: x is made here from the data set, x[n] = images[index[n]] * scale + shift, and
-// written to x_out where that is not null (the backward needs it).
+// GATHER: x is made here from the data set, x[n] = images[index[n]] * scale + shift,
+// and written to x_out where that is not null (the backward needs it).
 //
 // Launch: grid (N x row tiles, channel tiles), block 32 WARPS, dynamic shared memory
 // SHARED_BYTES, N >= 1.
@@ -9,28 +9,30 @@
 
 struct Layer {
   static constexpr int channels = C, height = H, width = W, outputs = K;
-  static constexpr int filter_h = R, filter_w = S, stride_h = STRIDE_H, stride_w = STRIDE_W;
+  static constexpr int filter_h = R, filter_w = S, stride_h = STRIDE_H,
+                       stride_w = STRIDE_W;
   static constexpr int pad_h = PAD_H, pad_w = PAD_W, pool_h = POOL_H, pool_w = POOL_W;
   static constexpr int relu = RELU, bias = HAS_BIAS, mode = MODE;
-  static constexpr int rows = TPP, m_tiles = TK / 16, groups = GROUPS, threads = 32 * WARPS;
+  static constexpr int rows = TPP, m_tiles = TK / 16, groups = GROUPS,
+                       threads = 32 * WARPS;
 };
 typedef Few<Layer> Conv;
-static_assert(Conv::bytes <= SHARED_BYTES && TK % 16 == 0, "shared memory, whole fragments");
+static_assert(Conv::bytes <= SHARED_BYTES && TK % 16 == 0,
+              "shared memory, whole fragments");
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-conv_few_forward(
+extern "C" __global__ void __launch_bounds__(32 * WARPS) conv_few_forward(
 #if GATHER
-                 const u8* images,     // [M][C][H][W]
-                 const int* index,     // [N]
-                 float scale, float shift,
-                 float* x_out,         // [N][C][H][W] or null
+    const u8* images,  // [M][C][H][W]
+    const int* index,  // [N]
+    float scale, float shift,
+    float* x_out,  // [N][C][H][W] or null
 #else
-                 const float* x,       // [N][C][H][W]
+    const float* x,  // [N][C][H][W]
 #endif
-                 const float* filter,  // [K][C][R][S]
-                 const float* bias,    // [K]
-                 float* y,             // [N][K][PP][QQ]
-                 u8* code) {           // the same, or null
+    const float* filter,  // [K][C][R][S]
+    const float* bias,    // [K]
+    float* y,             // [N][K][PP][QQ]
+    u8* code) {           // the same, or null
   extern __shared__ __align__(16) u32 shared[];
   const int n = blockIdx.x / Conv::row_tiles, tile = blockIdx.x % Conv::row_tiles;
   const int k0 = blockIdx.y * TK;
@@ -53,7 +55,7 @@ conv_few_forward(
 #endif
   __syncthreads();
   Conv::multiply(shared, b, threadIdx.x / 32, WARPS,
-                 [&](int k, int window, const float(&v)[2], const u32(&at)[2]) {
+                 [&](int k, int window, const float (&v)[2], const u32(&at)[2]) {
                    Conv::write(y, code, n, k0 + k, tile * Conv::windows, window, v, at);
                  });
 }

@@ -1,7 +1,7 @@
 """Fused forward operations on a GPU: plans, launch shapes, arguments.
 
-The kernels (``cuda/templates/*_forward.cu``) are specialised for a layer: its shape, its
-tile and the precision are options of the compiler, only the batch is known later. A
+The kernels (``cuda/templates/*_forward.cu``) are specialised for a layer: its shape,
+its tile and the precision are options of the compiler, only the batch is known later. A
 plan is what is chosen here for a layer: all plain integers, made without a GPU.
 """
 
@@ -23,7 +23,12 @@ _FLOAT32, _UINT8 = np.dtype("float32"), np.dtype("uint8")
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
 
 # Kibibytes of shared memory: most for a block, and of a multiprocessor.
-_SHARED = {(8, 0): (163, 164), (8, 7): (163, 164), (9, 0): (227, 228), (10, 0): (227, 228)}
+_SHARED = {
+    (8, 0): (163, 164),
+    (8, 7): (163, 164),
+    (9, 0): (227, 228),
+    (10, 0): (227, 228),
+}
 _SHARED_ELSEWHERE = (99, 100)
 _MAX_POSITIONS = 32  # of a pooling window whose sums a thread keeps
 
@@ -114,11 +119,11 @@ def _shape_options(shape):
     )
 
 
-# The general convolution: every tile that fits is priced in clocks and the cheapest taken.
+# The general convolution: every tile that fits is priced in clocks, the cheapest taken.
 
-# Clocks of a multiprocessor for a 16 x 8 x 8 (words) product with mma.sync; Hopper's wgmma
-# needs 1. Bytes a clock from the L2 cache and from shared memory. Clocks to start and end a
-# block, and of a round trip to the L2 cache.
+# Clocks of a multiprocessor for a 16 x 8 x 8 (words) product, with mma.sync and with
+# wgmma. Bytes a clock from the L2 cache and from shared memory. Clocks to start and end
+# a block, and of a round trip to the L2 cache. Measured on an H100 (bench/NOTES.md).
 _MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES, _SHARED_BYTES = 1.7, 1.05, 40, 128
 _START_CLOCKS, _TRIP_CLOCKS = 2200, 800
 
@@ -143,13 +148,13 @@ class Tile(NamedTuple):
 
 
 def _extents(used, pool):
-    """Sizes of a tile along an axis: the pool's power-of-two multiples, and all of it."""
+    """Sizes of a tile along an axis: power-of-two multiples of the pool, and all."""
     sizes = {pool << i for i in range(7) if pool << i < 2 * used}
     return sorted(sizes | {used})
 
 
 def _geometry(shape, tile_p, tile_q, images, tk, cq, mode):
-    """Sizes in the kernel's words: (chunks, bytes of an input buffer, of a filter row)."""
+    """(chunks, bytes of an input buffer, of a filter row), as in the kernel."""
     quad = 8 if mode == 2 else 4
     parts = 2 if mode == 0 else 1
     rows = (tile_p - 1) * shape.stride[0] + shape.R
@@ -174,8 +179,20 @@ def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq):
             if pixels // 64 % groups == 0 and cq % (2 * k) == 0:
                 yield 1, 4 * groups, 1, k
     for m, n, k in (
-        (4, 2, 1), (2, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (8, 1, 1), (2, 1, 1),
-        (2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4), (1, 1, 2), (2, 1, 2),
+        (4, 2, 1),
+        (2, 4, 1),
+        (2, 2, 1),
+        (4, 1, 1),
+        (1, 4, 1),
+        (8, 1, 1),
+        (2, 1, 1),
+        (2, 1, 4),
+        (1, 2, 4),
+        (2, 2, 2),
+        (1, 1, 8),
+        (1, 1, 4),
+        (1, 1, 2),
+        (2, 1, 2),
         (4, 1, 2),
     ):
         if pixels % (16 * m) == 0 and tk % (8 * n) == 0 and cq % (2 * k) == 0:
@@ -249,9 +266,7 @@ def _price(shape, n, machine, tile, mode):
     def together(count):
         if not count:
             return 0
-        chunk = max(
-            count * multiply, count * loaded / _L2_BYTES, count * loads, stage
-        )
+        chunk = max(count * multiply, count * loaded / _L2_BYTES, count * loads, stage)
         return _START_CLOCKS + stage + chunks * (chunk + 150) + count * last
 
     full, rest = divmod(blocks, machine.sm_count * tile.BLOCKS_PER_SM)
@@ -327,8 +342,20 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq, extra=0):
                     and needed <= shared
                 ):
                     yield Tile(
-                        images, tile_p, tile_q, tk, cq, w_rows, slots,
-                        wgmma, m, n, k, stagers, blocks, needed,
+                        images,
+                        tile_p,
+                        tile_q,
+                        tk,
+                        cq,
+                        w_rows,
+                        slots,
+                        wgmma,
+                        m,
+                        n,
+                        k,
+                        stagers,
+                        blocks,
+                        needed,
                     )
                     break
 
@@ -342,7 +369,13 @@ def block_plan(shape, tile, mode, settled=False):
     units = channel_tiles * tile.TK * quads * shape.R * shape.S
     return Plan(
         "conv_block_forward",
-        (*_shape_options(shape), ("MODE", mode), ("SETTLED", settled), ("FIRST", 0), *zip(Tile._fields, tile)),
+        (
+            *_shape_options(shape),
+            ("MODE", mode),
+            ("SETTLED", settled),
+            ("FIRST", 0),
+            *zip(Tile._fields, tile),
+        ),
         bool(tile.WGMMA),
         32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS),
         tile.SHARED_BYTES,
@@ -364,7 +397,9 @@ def few_plan(shape, n, machine, mode, gather=False):
         return None
     p, q = shape.pooled
     parts = 2 if mode == 0 else 1
-    m_tiles = min(ceil_div(shape.K, 16), 4 // parts, max(1, _MAX_POSITIONS // positions))
+    m_tiles = min(
+        ceil_div(shape.K, 16), 4 // parts, max(1, _MAX_POSITIONS // positions)
+    )
     groups = max(1, 4 // positions)
     channel_tiles = ceil_div(shape.K, 16 * m_tiles)
     steps = ceil_div(shape.C * shape.R * shape.S, 8)
@@ -375,7 +410,9 @@ def few_plan(shape, n, machine, mode, gather=False):
         words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
         words += 16 * m_tiles * (8 * steps + 4)
         shared = 4 * parts * words
-        enough = n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
+        enough = (
+            n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
+        )
         if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
             break
     else:
@@ -396,8 +433,14 @@ def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
         ("GATHER", gather),
     )
     return Plan(
-        "conv_few_forward", options, False, 32 * warps, shared, 1,
-        ceil_div(shape.pooled[0], rows), ceil_div(shape.K, tk),
+        "conv_few_forward",
+        options,
+        False,
+        32 * warps,
+        shared,
+        1,
+        ceil_div(shape.pooled[0], rows),
+        ceil_div(shape.K, tk),
     )
 
 
@@ -408,8 +451,8 @@ def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
 def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
     """The plan for a first convolution and the one behind it, or None.
 
-    A block makes all of the first one's output for an image and multiplies it at once, so
-    that must fit its shared memory with two filter rows at least. Not for "fp32".
+    A block makes all of the first one's output for an image and multiplies it at once,
+    so that must fit its shared memory beside the second filter. Not for "fp32".
     """
     quad = 8 if mode == 2 else 4
     positions = first.pool[0] * first.pool[1]
@@ -431,7 +474,12 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
     best = None
     for tile_p in (used_p, *_extents(used_p, second.pool[0])):
         for tile_q in _extents(used_q, second.pool[1]):
-            if tile_p < used_p or tile_q < used_q or tile_q % 8 or tile_p * tile_q > 512:
+            if (
+                tile_p < used_p
+                or tile_q < used_q
+                or tile_q % 8
+                or tile_p * tile_q > 512
+            ):
                 continue
             for tk in (8, 16, 32, 64, 128):
                 if tk < second.K and tk < 128 or tile_p * tile_q % 16:
@@ -439,7 +487,9 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
                 for tile in _completed(
                     second, machine, mode, 1, tile_p, tile_q, tk, cq, extra
                 ):
-                    threads = 32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS)
+                    threads = 32 * (
+                        tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS
+                    )
                     if kept + 4 * m_tiles * positions + 44 > 65536 // threads:
                         continue
                     price = _price(second, n, machine, tile, mode)
@@ -468,7 +518,9 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
 @lru_cache(None)
 def _best_tile(shape, n, machine, mode):
     tiles = conv_tiles(shape, n, machine, mode)
-    return min(tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None)
+    return min(
+        tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None
+    )
 
 
 @lru_cache(None)
@@ -483,9 +535,7 @@ def conv_plan(shape, n, machine, mode, settled=False):
     if plan is not None:
         return plan
     # one tile for all layers of this shape, so that they share a packed filter
-    tile = _best_tile(
-        shape._replace(relu=True, bias=True, code=True), n, machine, mode
-    )
+    tile = _best_tile(shape._replace(relu=True, bias=True, code=True), n, machine, mode)
     return None if tile is None else block_plan(shape, tile, mode, settled)
 
 
@@ -494,7 +544,7 @@ def conv_plan(shape, n, machine, mode, settled=False):
 
 @lru_cache(None)
 def linear_plan(n, i, o, relu, bias, machine, mode):
-    """The plan of a linear layer for a batch of up to ``n``; None where there is none."""
+    """The plan of a linear layer for a batch up to ``n``; None where there is none."""
     if machine.capability < (8, 0):
         return None
     # larger tiles read less, smaller ones finish sooner: as large as keeps the GPU busy
@@ -505,8 +555,15 @@ def linear_plan(n, i, o, relu, bias, machine, mode):
     most = 4 if (m_tiles, n_tiles) == (4, 4) else 8  # static shared memory: 48 KiB
     warps = min(most, ceil_div(i, 16))
     options = (
-        ("KERNEL", 0), ("I", i), ("O", o), ("RELU", relu), ("HAS_BIAS", bias), ("MODE", mode),
-        ("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS", warps),
+        ("KERNEL", 0),
+        ("I", i),
+        ("O", o),
+        ("RELU", relu),
+        ("HAS_BIAS", bias),
+        ("MODE", mode),
+        ("M_TILES", m_tiles),
+        ("N_TILES", n_tiles),
+        ("WARPS", warps),
     )
     return Plan(
         "linear_block_forward", options, False, 32 * warps, 0, 16 * m_tiles, 1, grid[1]
@@ -526,8 +583,14 @@ def head_plan(i, o, bias, machine, mode):
     pitch = 8 * n_tiles
     shared = 4 * 16 * (warps * (pitch + 8) + _round_up(o, pitch))
     options = (
-        ("KERNEL", 1), ("I", i), ("O", o), ("HAS_BIAS", bias), ("MODE", mode),
-        ("N_TILES", n_tiles), ("WARPS", warps), ("CLUSTER", cluster),
+        ("KERNEL", 1),
+        ("I", i),
+        ("O", o),
+        ("HAS_BIAS", bias),
+        ("MODE", mode),
+        ("N_TILES", n_tiles),
+        ("WARPS", warps),
+        ("CLUSTER", cluster),
         ("SHARED_BYTES", shared),
     )
     return Plan(
@@ -542,9 +605,16 @@ def tail_plan(i, hidden, o, relu, bias, bias_out, machine, mode):
     if not clusters or hidden > 256 or o > 32:
         return None
     options = (
-        ("KERNEL", 2), ("I", i), ("HID", hidden), ("O", o), ("RELU", relu),
-        ("HAS_BIAS", bias), ("HAS_BIAS_OUT", bias_out), ("MODE", mode),
-        ("N_TILES", ceil_div(hidden, 64)), ("WARPS", 8),
+        ("KERNEL", 2),
+        ("I", i),
+        ("HID", hidden),
+        ("O", o),
+        ("RELU", relu),
+        ("HAS_BIAS", bias),
+        ("HAS_BIAS_OUT", bias_out),
+        ("MODE", mode),
+        ("N_TILES", ceil_div(hidden, 64)),
+        ("WARPS", 8),
     )
     return Plan("linear_block_forward", options, False, 256, 0, 16, 8, 1)
 
@@ -577,7 +647,9 @@ def _kernels(plan, name, signature):
     run = Kernel(plan.library, name, signature, definitions, plan.specific)
     pack = None
     if plan.packed_units:
-        pack = Kernel(plan.library, "conv_pack_filter", "PP", definitions, plan.specific)
+        pack = Kernel(
+            plan.library, "conv_pack_filter", "PP", definitions, plan.specific
+        )
     return _Kernels(plan, run, pack)
 
 
@@ -589,8 +661,15 @@ def _conv_shape(x_shape, w_shape, bias_shape, relu, pool, stride, padding):
     if pool is not None:
         y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
     shape = ConvShape(
-        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), bool(relu),
-        bias_shape is not None, pool is not None,
+        *x_shape[1:],
+        k,
+        *w_shape[2:],
+        stride,
+        padding,
+        pool or (1, 1),
+        bool(relu),
+        bias_shape is not None,
+        pool is not None,
     )
     return shape, y_shape
 
@@ -620,7 +699,9 @@ def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool
     operations.
     """
     return all(
-        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, mode, False)[1]
+        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, mode, False)[
+            1
+        ]
         for mode in _MODES
     )
 
@@ -658,8 +739,16 @@ def pack_filter(weight, x_shape, pool, stride=(1, 1), padding=(0, 0)):
         None where the kernel takes the filter as it is.
     """
     _, kernels = _conv(
-        x_shape, weight.shape, None, True, pool, stride, padding, weight.device.index,
-        get_precision(), True,
+        x_shape,
+        weight.shape,
+        None,
+        True,
+        pool,
+        stride,
+        padding,
+        weight.device.index,
+        get_precision(),
+        True,
     )
     if kernels is None:
         raise _unsupported("a convolution of", x_shape, weight.shape)
@@ -701,8 +790,16 @@ def conv_block_forward(
     """
     device = x.device
     y_shape, kernels = _conv(
-        x.shape, weight.shape, None if bias is None else bias.shape, relu, pool, stride,
-        padding, device.index, get_precision(), packed is not None,
+        x.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        relu,
+        pool,
+        stride,
+        padding,
+        device.index,
+        get_precision(),
+        packed is not None,
     )
     if kernels is None:
         raise _unsupported("a convolution of", x.shape, weight.shape)
@@ -716,8 +813,12 @@ def conv_block_forward(
             packed = _pack(kernels, weight) if packed is None else packed
             arguments = x, packed, bias, y, code, n
         kernels.run(
-            _get(device.index).compute, plan.grid(n), plan.block, *arguments,
-            shared=plan.shared, dependent=True,
+            _get(device.index).compute,
+            plan.grid(n),
+            plan.block,
+            *arguments,
+            shared=plan.shared,
+            dependent=True,
         )
     return y, code
 
@@ -747,7 +848,13 @@ def _pair(x_shape, first, second, index, precision, gather, settled):
     one, y1_shape = _conv_shape(x_shape, *first)
     two, y2_shape = _conv_shape(y1_shape, *second)
     plan = pair_plan(
-        one, two, _batch(x_shape[0]), _machine(index), _MODES[precision], gather, settled
+        one,
+        two,
+        _batch(x_shape[0]),
+        _machine(index),
+        _MODES[precision],
+        gather,
+        settled,
     )
     if plan is None:
         return y1_shape, y2_shape, None
@@ -775,7 +882,13 @@ def conv_pair_supported(x_shape, first, second, index, gather=False) -> bool:
     """Whether :func:`conv_pair_forward` has a kernel, in the precision that is set."""
     return bool(
         _pair(
-            x_shape, first.geometry, second.geometry, index, get_precision(), gather, False
+            x_shape,
+            first.geometry,
+            second.geometry,
+            index,
+            get_precision(),
+            gather,
+            False,
         )[2]
     )
 
@@ -783,8 +896,13 @@ def conv_pair_supported(x_shape, first, second, index, gather=False) -> bool:
 def pack_pair_filter(x_shape, first, second, gather=False):
     """The packed filter of ``second``, as :func:`pack_filter`."""
     *_, kernels = _pair(
-        x_shape, first.geometry, second.geometry, second.weight.device.index,
-        get_precision(), gather, True,
+        x_shape,
+        first.geometry,
+        second.geometry,
+        second.weight.device.index,
+        get_precision(),
+        gather,
+        True,
     )
     if kernels is None:
         raise _unsupported("convolutions of", x_shape, first.geometry, second.geometry)
@@ -817,7 +935,12 @@ def conv_pair_forward(x, first, second, packed=None):
     device = first.weight.device
     gather = isinstance(x, Gather)
     y1_shape, y2_shape, kernels = _pair(
-        x.shape, first.geometry, second.geometry, device.index, get_precision(), gather,
+        x.shape,
+        first.geometry,
+        second.geometry,
+        device.index,
+        get_precision(),
+        gather,
         packed is not None,
     )
     if kernels is None:
@@ -832,11 +955,21 @@ def conv_pair_forward(x, first, second, packed=None):
         plan = kernels.plan
         packed = _pack(kernels, second.weight) if packed is None else packed
         kernels.run(
-            _get(device.index).compute, plan.grid(n), plan.block,
+            _get(device.index).compute,
+            plan.grid(n),
+            plan.block,
             *(x.arguments if gather else (x,)),
-            first.weight, first.bias, y1, code1,
-            packed, second.bias, y2, code2, n,
-            shared=plan.shared, dependent=True,
+            first.weight,
+            first.bias,
+            y1,
+            code1,
+            packed,
+            second.bias,
+            y2,
+            code2,
+            n,
+            shared=plan.shared,
+            dependent=True,
         )
     return y1, code1, y2, code2
 
@@ -867,7 +1000,11 @@ def linear_block_forward(x, weight, bias, relu):
         x.shape, weight.shape, None if bias is None else bias.shape
     )
     plan = linear_plan(
-        _batch(n), x.shape[1], outputs, bool(relu), bias is not None,
+        _batch(n),
+        x.shape[1],
+        outputs,
+        bool(relu),
+        bias is not None,
         _machine(device.index),
         _MODES[get_precision()],
     )
@@ -877,14 +1014,21 @@ def linear_block_forward(x, weight, bias, relu):
     if n:
         run = _kernels(plan, "linear_block_forward", "PPPPi").run
         run(
-            _get(device.index).compute, plan.grid(n), plan.block, x, weight, bias, y, n,
+            _get(device.index).compute,
+            plan.grid(n),
+            plan.block,
+            x,
+            weight,
+            bias,
+            y,
+            n,
             dependent=True,
         )
     return y
 
 
 def head_supported(inputs, classes, index) -> bool:
-    """Whether :func:`head_forward` can do it on GPU ``index``: it is for few weights."""
+    """Whether :func:`head_forward` can do it on GPU ``index``; for few weights."""
     return head_plan(inputs, classes, True, _machine(index), 0) is not None
 
 
@@ -920,7 +1064,10 @@ def head_forward(x, weight, bias, labels):
     )
     shapes.check_labels("x weight^T", y_shape, labels.shape)
     plan = head_plan(
-        x.shape[1], classes, bias is not None, _machine(device.index),
+        x.shape[1],
+        classes,
+        bias is not None,
+        _machine(device.index),
         _MODES[get_precision()],
     )
     if plan is None:
@@ -929,8 +1076,19 @@ def head_forward(x, weight, bias, labels):
     dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
     loss = empty_on_gpu((), _FLOAT32, device)
     _kernels(plan, "head_forward", "PPPPPPPi").run(
-        _get(device.index).compute, plan.channel_tiles, plan.block, x, weight, bias,
-        labels, log_probs, loss, dlogits, n, shared=plan.shared, dependent=True,
+        _get(device.index).compute,
+        plan.channel_tiles,
+        plan.block,
+        x,
+        weight,
+        bias,
+        labels,
+        log_probs,
+        loss,
+        dlogits,
+        n,
+        shared=plan.shared,
+        dependent=True,
     )
     return log_probs, loss, dlogits
 
@@ -978,8 +1136,14 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
     )
     shapes.check_labels("the scores", y_shape, labels.shape)
     plan = tail_plan(
-        x.shape[1], hidden_shape[1], classes, bool(relu), bias is not None,
-        bias_out is not None, _machine(device.index), _MODES[get_precision()],
+        x.shape[1],
+        hidden_shape[1],
+        classes,
+        bool(relu),
+        bias is not None,
+        bias_out is not None,
+        _machine(device.index),
+        _MODES[get_precision()],
     )
     if plan is None:
         raise _unsupported("a tail of", x.shape, weight.shape, weight_out.shape)
@@ -989,8 +1153,20 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
     losses = empty_on_gpu((n,), _FLOAT32, device)
     if n:
         _kernels(plan, "tail_forward", "PPPPPPPPPPi").run(
-            _get(device.index).compute, plan.grid(n)[0], plan.block, x, weight, bias,
-            weight_out, bias_out, labels, hidden, log_probs, losses, dlogits, n,
+            _get(device.index).compute,
+            plan.grid(n)[0],
+            plan.block,
+            x,
+            weight,
+            bias,
+            weight_out,
+            bias_out,
+            labels,
+            hidden,
+            log_probs,
+            losses,
+            dlogits,
+            n,
             dependent=True,
         )
     return hidden, log_probs, losses, dlogits
