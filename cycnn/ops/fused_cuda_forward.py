@@ -280,7 +280,8 @@ def conv_tiles(shape, n, machine, mode):
     p, q = shape.pooled
     used_p, used_q = p * shape.pool[0], q * shape.pool[1]
     quads = _round_up(ceil_div(shape.C, 8 if mode == 2 else 4), 2)
-    most, total = machine.shared
+    # small tiles read more; they are for layers too small to fill the GPU
+    least = min(8192, n * p * q * shape.K // (4 * machine.sm_count))
     for images in (1, 2, 4, 8, 16, 32):
         if images > 1 and images >= 2 * n:
             break
@@ -294,6 +295,8 @@ def conv_tiles(shape, n, machine, mode):
                 for tk in (8, 16, 32, 64, 128):
                     if tk >= 2 * _round_up(shape.K, 8):
                         break
+                    if pixels * tk < least:
+                        continue
                     for cq in (2, 4, 8, 16):
                         if cq > quads:
                             break
@@ -400,7 +403,7 @@ def few_plan(shape, n, machine, mode, gather=False):
     m_tiles = min(
         ceil_div(shape.K, 16), 4 // parts, max(1, _MAX_POSITIONS // positions)
     )
-    groups = max(1, 4 // positions)
+    groups = max(1, 2 // positions)
     channel_tiles = ceil_div(shape.K, 16 * m_tiles)
     steps = ceil_div(shape.C * shape.R * shape.S, 8)
     for row_tiles in range(1, p + 1):
@@ -410,22 +413,18 @@ def few_plan(shape, n, machine, mode, gather=False):
         words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
         words += 16 * m_tiles * (8 * steps + 4)
         shared = 4 * parts * words
-        enough = (
-            n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
-        )
-        if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
+        # enough blocks and warps with little to do each, if the rows allow it
+        blocks = n * ceil_div(p, rows) * channel_tiles
+        quick = passes <= 18 and (blocks >= machine.sm_count or passes <= 4)
+        if shared <= machine.shared[0] * 1024 and (quick or rows == 1):
             break
     else:
         return None
-    warps = ceil_div(passes, ceil_div(passes, 8))
-    return few_variant(shape, mode, 16 * m_tiles, rows, groups, warps, shared, gather)
-
-
-def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
+    warps = ceil_div(passes, ceil_div(passes, 9))
     options = (
         *_shape_options(shape),
         ("MODE", mode),
-        ("TK", tk),
+        ("TK", 16 * m_tiles),
         ("TPP", rows),
         ("GROUPS", groups),
         ("WARPS", warps),
@@ -439,8 +438,8 @@ def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
         32 * warps,
         shared,
         1,
-        ceil_div(shape.pooled[0], rows),
-        ceil_div(shape.K, tk),
+        ceil_div(p, rows),
+        channel_tiles,
     )
 
 
@@ -472,8 +471,9 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
     used_q = second.pooled[1] * second.pool[1]
     kept = min(64, steps * m_tiles * 4)  # registers of the first filter
     best = None
-    for tile_p in (used_p, *_extents(used_p, second.pool[0])):
-        for tile_q in _extents(used_q, second.pool[1]):
+    wide = _round_up(used_q, 8 * second.pool[1])
+    for tile_p in _extents(used_p, second.pool[0]):
+        for tile_q in {*_extents(used_q, second.pool[1]), wide}:
             if (
                 tile_p < used_p
                 or tile_q < used_q
