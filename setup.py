@@ -47,12 +47,11 @@ PACKAGES = [
 PACKAGE_DIR = {"cycnn.kernels": "cuda"}
 
 CUDA_MAJOR = 13
-# What cuda.bindings' .pxd files include, directly or not.
+# What the .pxd files of cydriver and cyruntime include, directly or not.
 CUDA_HEADERS = (
     "cuda.h",
     "cudaProfiler.h",
     "cuda_runtime_api.h",
-    "nvrtc.h",
     "crt/host_defines.h",
 )
 
@@ -127,7 +126,9 @@ def find_cuda_headers() -> tuple[Path | None, list[str]]:
             continue
         version = header_version(include)
         if version is None or version // 1000 != CUDA_MAJOR:
-            rejected.append(f"{include}: CUDA_VERSION is {version}, not {CUDA_MAJOR}xxx")
+            rejected.append(
+                f"{include}: CUDA_VERSION is {version}, not {CUDA_MAJOR}xxx"
+            )
             continue
         return include, rejected
     return None, rejected
@@ -143,10 +144,6 @@ def find_cuda_bindings() -> Path | None:
         if (Path(folder) / "cyruntime.pxd").is_file():
             return Path(folder)
     return None
-
-
-def package_folder(package: str) -> Path:
-    return ROOT / PACKAGE_DIR.get(package, package.replace(".", "/"))
 
 
 def module_name(path: Path) -> str:
@@ -194,15 +191,14 @@ class BuildExt(build_ext):
         openmp = ["-fopenmp"] if self.compiles(["-fopenmp"], OPENMP_PROBE) else []
         if not openmp:
             say("this compiler has no OpenMP: the CPU operations will use one core")
-        unix = self.compiler.compiler_type == "unix"
         for extension in self.extensions:
-            if unix:
-                extension.extra_compile_args += ["-g0"]
-            if extension.name == "cycnn.ops._cpu":
-                extension.extra_compile_args += ["-O3"] * unix + openmp
+            loops = extension.name == "cycnn.ops._cpu"
+            # What follows the compiler's own flags wins; a person's CFLAGS shall too.
+            if self.compiler.compiler_type == "unix" and not os.environ.get("CFLAGS"):
+                extension.extra_compile_args += ["-g0", "-O3" if loops else "-O2"]
+            if loops:
+                extension.extra_compile_args += openmp
                 extension.extra_link_args += openmp
-            elif unix:
-                extension.extra_compile_args += ["-O2"]
             if COVERAGE:
                 extension.define_macros += [("CYTHON_TRACE_NOGIL", "1")]
             if self.gpu and extension in gpu:
@@ -264,7 +260,9 @@ class BuildExt(build_ext):
         if not sys.platform.startswith("linux"):
             problem = "GPU support is built on Linux only"
         elif find_cuda_bindings() is None:
-            problem = "cuda-bindings is not installed (pip install 'cuda-bindings>=13,<14')"
+            problem = (
+                "cuda-bindings is not installed (pip install 'cuda-bindings>=13,<14')"
+            )
         elif include is None:
             problem = "no headers of CUDA 13 were found:\n  " + "\n  ".join(rejected)
         elif not self.compiles([], CUDA_PROBE, ".cpp", [include]):
@@ -360,7 +358,7 @@ cudaError_t error = cudaSuccess;
 # Guarded: workers that Cython and the kernel build start may import this file again.
 if __name__ == "__main__":
     setup(
-        packages=[p for p in PACKAGES if package_folder(p).is_dir()],
+        packages=PACKAGES,
         package_dir=PACKAGE_DIR,
         package_data={
             "cycnn": ["*.pyi", "py.typed"],

@@ -8,6 +8,8 @@ machine hits all of them; one turn before the measured ones fills the disk cache
 """
 
 import argparse
+import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -24,11 +26,18 @@ STATEMENTS = {
 _TIMER = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
 
 
-def seconds(statement):
-    """Time of the statement in a new interpreter, which finds a checkout, too."""
+def package_folder():
+    """Where cycnn is installed, or the checkout that it is built in."""
+    found = importlib.util.find_spec("cycnn")
+    here = Path(found.origin).parent if found else Path(__file__).resolve().parent
+    return str(here.parent)
+
+
+def seconds(statement, folder):
+    """Time of the statement in a new interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", _TIMER.format(statement)],
-        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "PYTHONPATH": folder},
         capture_output=True,
         text=True,
         check=True,
@@ -42,10 +51,11 @@ def main():
     )
     parser.add_argument("--repeats", type=int, default=21)
     repeats = parser.parse_args().repeats
+    folder = package_folder()
     samples = {name: [] for name in STATEMENTS}
     for turn in range(repeats + 1):
         for name, statement in STATEMENTS.items():
-            taken = seconds(statement)
+            taken = seconds(statement, folder)
             if turn:
                 samples[name].append(taken)
     medians = {name: 1000 * statistics.median(x) for name, x in samples.items()}

@@ -337,4 +337,4 @@ cdef _from_cuda(source, int index):
                 )
             step *= shape[axis]
     address = <uintptr_t>found.data + found.byte_offset
-    return _tensor._new(shape, dtype, device, address, producer)
+    return _tensor.on_gpu(shape, dtype, device, address, producer)

@@ -23,7 +23,7 @@ def most_confused(trainer, test, count):
     return wrong[order], predicted[wrong[order]], sureness[order]
 
 
-def save(path, histories, trainer, test, rows=3, columns=6):
+def save(path, histories, trainer, test, rows=4, columns=6):
     """Write the picture of the runs so far; ``trainer`` holds the last one."""
     from matplotlib.figure import Figure
 
@@ -47,6 +47,7 @@ def save(path, histories, trainer, test, rows=3, columns=6):
     errors.set_ylabel("error, %")
     errors.set_xlabel("epoch")
     errors.xaxis.get_major_locator().set_params(integer=True)
+    errors.set_xlim(0.5, max(map(len, histories)) + 0.5)
     losses.legend()
     for axes in (losses, errors):
         axes.set_ylim(bottom=0)

@@ -63,7 +63,8 @@ def test_any_change_of_a_source_makes_the_record_stale(tree, change):
 
 
 @pytest.mark.parametrize(
-    "name", ["cycnn/gpu/memory.cpp", "cycnn/gpu/memory.so", "tests/gpu/__pycache__/a.pyc"]
+    "name",
+    ["cycnn/gpu/memory.cpp", "cycnn/gpu/memory.so", "tests/gpu/__pycache__/a.pyc"],
 )
 def test_generated_files_do_not_count(tree, name):
     before = gpu_record.digest(tree)

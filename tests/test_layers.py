@@ -185,7 +185,7 @@ def test_arrays_are_converted_and_copied():
 
 def elsewhere(*shape):
     """A tensor that says it is on a GPU, with no memory behind it."""
-    return tensor._new(shape, np.dtype("float32"), devices.Device("cuda"), 0, None)
+    return tensor.on_gpu(shape, np.dtype("float32"), devices.Device("cuda"), 0, None)
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def streaming(monkeypatch):
         part = buffer.content[offset : offset + nbytes]
         return tensor.from_array(part.view(dtype).reshape(shape))
 
-    monkeypatch.setattr(DataLoader, "_fits", lambda self: False)
+    monkeypatch.setattr(DataLoader, "resident", lambda self: None)
     monkeypatch.setattr(loader, "_open_ring", open_ring)
     monkeypatch.setattr(loader, "_view", view)
     yield rings

@@ -74,8 +74,8 @@ def test_the_gpu_is_looked_for_once_and_not_at_import(run_python):
     code = """
 import sys
 import cycnn
-cycnn.Tensor([1.0]), cycnn.nn, cycnn.optim, cycnn.data, cycnn.manual_seed(1)
-print("cycnn.gpu" in sys.modules, "cuda" in sys.modules)
+cycnn.Tensor([1.0], "cpu"), cycnn.nn, cycnn.optim, cycnn.data, cycnn.manual_seed(1)
+print("cycnn.gpu.device" in sys.modules, "cuda" in sys.modules)
 
 import cycnn.gpu
 probe, looks = cycnn.gpu._probe, []

@@ -1,7 +1,7 @@
 """What is shipped, and that it works where it is installed.
 
-The wheel is the one that CYCNN_TEST_WHEEL names (`make test` has built it already), else
-it is built here.
+The wheel is the one that CYCNN_TEST_WHEEL names (`make test` has built it already),
+else it is built here.
 """
 
 import email
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def sdist(tmp_path_factory):
 @pytest.fixture(scope="session")
 def unpacked(sdist):
     with tarfile.open(sdist) as archive:
-        archive.extractall(sdist.parent)
+        archive.extractall(sdist.parent, filter="data")
     return sdist.parent / sdist.name.removesuffix(".tar.gz")
 
 
@@ -118,7 +119,7 @@ def installed(wheel, tmp_path_factory):
 def cpu_only(unpacked, tmp_path_factory):
     """(wheel, what its build printed) of a CPU-only build from the sdist."""
     out = tmp_path_factory.mktemp("cpu-only")
-    return build("build_wheel", unpacked, out, CYCNN_BUILD_GPU="0")
+    return build("build_wheel", unpacked, out, CYCNN_BUILD_GPU="0", CFLAGS="-O0 -g0")
 
 
 def package_folders():
@@ -162,7 +163,7 @@ def test_version_and_licence(files, metadata):
 
 def test_the_base_install_is_small(wheel, metadata):
     required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    names = {r.split(">")[0] for r in required}
+    names = {re.match(r"[\w-]+", r)[0] for r in required}
     assert names == {"numpy", "safetensors", "cuda-bindings"}
     assert wheel.stat().st_size < 5e6
 
@@ -221,6 +222,7 @@ def test_the_kernels_are_compiled_for_every_architecture(files):
 
 USE = """
 import sys
+import tarfile
 import numpy as np
 import cycnn
 from cycnn.gpu import compile

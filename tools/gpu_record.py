@@ -1,4 +1,4 @@
-"""Run the GPU tests, plainly and under compute-sanitizer, and write down that they passed.
+"""Run the GPU tests, also under compute-sanitizer, and write down that they passed.
 
     python tools/gpu_record.py              run; writes tests/gpu_record.json
     python tools/gpu_record.py --check      does the record belong to the sources?
@@ -112,7 +112,7 @@ def check(record: Path = RECORD, root: Path = ROOT) -> tuple[bool, str]:
     except FileNotFoundError:
         return False, f"MISSING: there is no {record.name}; run make gpu"
     except (ValueError, KeyError, TypeError) as error:
-        return False, f"DAMAGED: {record.name} cannot be read ({error!r}); run make gpu"
+        return False, f"DAMAGED: {record.name}: {error!r}; run make gpu"
     if recorded != digest(root):
         return False, f"STALE: {ran}, but the sources changed since; run make gpu"
     return True, f"CURRENT: {ran}, and under {', '.join(content['sanitizer'])}"
@@ -203,8 +203,8 @@ def find_sanitizer() -> str:
     found = shutil.which("compute-sanitizer", path=path)
     if found is None:
         raise Failed(
-            "compute-sanitizer is not on PATH, nor in CUDA_HOME, /usr/local/cuda or the "
-            "wheel nvidia-cuda-sanitizer-api (pip install nvidia-cuda-sanitizer-api)"
+            "compute-sanitizer is not on PATH, nor in CUDA_HOME, /usr/local/cuda or "
+            "site-packages (pip install nvidia-cuda-sanitizer-api)"
         )
     return found
 
@@ -254,7 +254,8 @@ def query_device() -> dict:
         text=True,
     )
     if done.returncode:
-        raise Failed((done.stderr.strip() or "the GPU could not be asked").splitlines()[-1])
+        said = done.stderr.strip() or "the GPU could not be asked"
+        raise Failed(said.splitlines()[-1])
     found = json.loads(done.stdout)
     found["driver"] = driver_version()
     return found

@@ -273,4 +273,4 @@ def _open_ring(nbytes, device):
 
 def _view(buffer, offset, shape, dtype, device):
     """A tensor over part of an uploaded batch, which it keeps alive."""
-    return tensor._new(shape, dtype, device, buffer.ptr + offset, buffer)
+    return tensor.on_gpu(shape, dtype, device, buffer.ptr + offset, buffer)

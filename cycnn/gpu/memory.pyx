@@ -10,7 +10,7 @@ checker sees where each one ends.
 import gc
 import os
 
-from cuda.bindings cimport cyruntime
+from cuda.bindings cimport cydriver, cyruntime
 from libc.stdint cimport uintptr_t
 cimport cython
 
@@ -20,7 +20,7 @@ cdef extern from "pythread.h":
 
 from cycnn.errors import CudaError, OutOfMemoryError
 
-from ._check cimport check
+from ._check cimport check, check_driver
 from .device cimport Device, get
 from .stream cimport Stream, context_epoch
 
@@ -250,13 +250,27 @@ def synchronize(int device_index):
     get(device_index).synchronize()
 
 
-def fill_bytes(uintptr_t address, int value, size_t nbytes, int device_index):
-    """Set ``nbytes`` bytes to ``value``, in the order of the compute stream."""
+def fill_pattern(
+    uintptr_t address, unsigned int pattern, int itemsize, size_t count, int device_index
+):
+    """Set ``count`` elements of 1 or 4 bytes, in the order of the compute stream."""
     cdef Device device = get(device_index)
-    check(
-        cyruntime.cudaMemsetAsync(<void*>address, value, nbytes, device.compute.handle),
-        "cudaMemsetAsync",
-    )
+    cdef cydriver.CUstream stream = <cydriver.CUstream>device.compute.handle
+    check(cyruntime.cudaSetDevice(device_index), "cudaSetDevice")
+    if itemsize == 4:
+        check_driver(
+            cydriver.cuMemsetD32Async(
+                <cydriver.CUdeviceptr>address, pattern, count, stream
+            ),
+            "cuMemsetD32Async",
+        )
+    else:
+        check_driver(
+            cydriver.cuMemsetD8Async(
+                <cydriver.CUdeviceptr>address, <unsigned char>pattern, count, stream
+            ),
+            "cuMemsetD8Async",
+        )
 
 
 def copy_from_host(uintptr_t address, array, int device_index):

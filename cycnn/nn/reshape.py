@@ -17,7 +17,7 @@ class Flatten(Layer):
         if not shape:
             raise ShapeError(f"{self!r}: expected a batch (N, ...), got a scalar")
         # the sizes agree by construction, so reshape's checks (microseconds) are spared
-        y = x._view((shape[0], math.prod(shape[1:])), 0)
+        y = x.reshape(shape[0], math.prod(shape[1:]))
         self._saved = (shape, y.shape, x.device)
         return y
 
@@ -26,6 +26,6 @@ class Flatten(Layer):
         x_shape, y_shape, device = self._remembered()
         dx = None
         if input_grad:
-            dx = as_gradient(self, dy, y_shape, device)._view(x_shape, 0)
+            dx = as_gradient(self, dy, y_shape, device).reshape(x_shape)
         self._saved = None
         return dx

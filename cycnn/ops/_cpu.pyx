@@ -1,10 +1,11 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: initializedcheck=False, cdivision=True
 """Loops of :mod:`cycnn.ops.cpu` over the workers of ``_cpu_kernels.h``.
 
-Arguments are flat views of C-contiguous arrays, checked by the caller, never empty. Work
-is split into pieces that do not depend on the number of threads, and each piece is
-computed by one thread in one order: results are the same bits for any OMP_NUM_THREADS,
-and without OpenMP, where ``prange`` is a plain loop.
+Arguments are flat views of C-contiguous arrays, checked by the caller, never empty.
+Work is split into pieces that do not depend on the number of threads, and each piece
+is computed by one thread in one order: results are the same bits for any
+OMP_NUM_THREADS, and without OpenMP, where ``prange`` is a plain loop.
 """
 
 import numpy as np
@@ -107,11 +108,12 @@ cdef extern from "_cpu_kernels.h" nogil:
 
 cdef const kernels_t *kernels = find_kernels(NULL)
 
-# elements of a piece of elementwise work, and the least work that waking the other
-# threads pays for
+# elements of a piece of elementwise work, and the least number of elements, or of
+# products in a sum, for which it pays to wake the other threads
 cdef enum:
     PIECE = 1 << 13
     FORK = 1 << 15
+    FORK_PRODUCTS = 1 << 19
 
 
 def use_instructions(name):
@@ -143,7 +145,7 @@ cdef inline idx piece(idx n, idx i) noexcept nogil:
 
 # memory
 
-# Fresh memory costs a page fault for every 4 KiB, which is a quarter of a training step.
+# Fresh memory costs a page fault for every 4 KiB, a quarter of a training step's time.
 # A step asks for the same sizes as the one before, so large blocks are kept when their
 # array dies: at most KEPT of them and KEPT_BYTES, the longest unused given up first.
 
@@ -338,7 +340,7 @@ cdef void _gemm(
     cdef float[::1] store = _floats(m * depth)
     cdef float *packed = &store[0]
     cdef idx i
-    cdef bint fork = m * n * depth >= 16 * FORK
+    cdef bint fork = m * n * depth >= FORK_PRODUCTS
     with nogil:
         for i in prange(row_panels(m), schedule="static", use_threads_if=fork):
             pack_rows(a, a_row, a_column, m, depth, packed, i)
@@ -404,6 +406,7 @@ cdef class Convolution:
     cdef conv_t g
     cdef idx h, w, pad_h, pad_w, filter_size
     cdef idx[::1] pixel_at, tap_at
+    cdef bint fork
 
     def __init__(self, x_shape, w_shape, y_shape, stride, padding, dilation, groups):
         cdef idx wide
@@ -430,6 +433,7 @@ cdef class Convolution:
         self.g.pixels, self.g.taps = p * q, c_group * r * s
         self.g.x_plane, self.g.x_image = plane, c * plane
         self.g.pixel_at, self.g.tap_at = &self.pixel_at[0], &self.tap_at[0]
+        self.fork = n * p * q * k * self.g.taps >= FORK_PRODUCTS
         # enough positions to fill the panels of small planes
         self.g.unit = ceil_div(64, p * q)
         # about a thousand positions: some 100 KiB, and the length of a float32 sum
@@ -441,7 +445,9 @@ cdef class Convolution:
         if not self.pad_h and not self.pad_w:
             return x
         to = _floats(planes * plane)
-        for i in prange(planes, nogil=True, schedule="static"):
+        for i in prange(
+            planes, nogil=True, schedule="static", use_threads_if=self.fork
+        ):
             pad_plane(
                 &x[i * self.h * self.w], self.h, self.w, self.pad_h, self.pad_w,
                 &to[i * plane],
@@ -462,13 +468,17 @@ cdef class Convolution:
         if bias is not None:
             b = &bias[0]
         with nogil:
-            for i in prange(g.groups * panels, schedule="static"):
+            for i in prange(
+                g.groups * panels, schedule="static", use_threads_if=self.fork
+            ):
                 group = i // panels
                 pack_rows(
                     &weight[group * k_group * g.taps], g.taps, 1, k_group, g.taps,
                     &packed[group * k_group * g.taps], i % panels,
                 )
-            for i in prange(g.groups * pieces, schedule="dynamic"):
+            for i in prange(
+                g.groups * pieces, schedule="dynamic", use_threads_if=self.fork
+            ):
                 kernels.conv_forward(
                     g, &seen[0], &packed[0], b, &y[0], i // pieces,
                     i % pieces * 4, (i % pieces + 1) * 4,
@@ -483,7 +493,9 @@ cdef class Convolution:
         cdef float[::1] to = _floats(g.n * g.x_image) if pads else dx
         cdef idx i, group, rs, image
         with nogil:
-            for i in prange(g.groups * self.filter_size, schedule="static"):
+            for i in prange(
+                g.groups * self.filter_size, schedule="static", use_threads_if=self.fork
+            ):
                 group = i // self.filter_size
                 rs = i % self.filter_size
                 for image in range(panels):
@@ -492,12 +504,16 @@ cdef class Convolution:
                         self.filter_size, g.taps, c_group, k_group,
                         &packed[i * k_group * c_group], image,
                     )
-            for i in prange(units * g.groups, schedule="dynamic"):
+            for i in prange(
+                units * g.groups, schedule="dynamic", use_threads_if=self.fork
+            ):
                 _gradient_x_of_unit(
                     g, &dy[0], &packed[0], &to[0], i % g.groups, i // g.groups
                 )
             if pads:
-                for i in prange(g.n * g.c, schedule="static"):
+                for i in prange(
+                    g.n * g.c, schedule="static", use_threads_if=self.fork
+                ):
                     crop_plane(
                         &to[i * g.x_plane], self.h, self.w, self.pad_h, self.pad_w,
                         &dx[i * self.h * self.w],
@@ -521,14 +537,16 @@ cdef class Convolution:
         cdef double[:, ::1] sums = np.empty((units, g.k))
         cdef idx i
         with nogil:
-            for i in prange(units, schedule="static"):
+            for i in prange(units, schedule="static", use_threads_if=self.fork):
                 kernels.conv_transpose(g, &dy[0], &dyt[0], &sums[0, 0], i)
-            for i in prange(panels * pieces, schedule="dynamic"):
+            for i in prange(
+                panels * pieces, schedule="dynamic", use_threads_if=self.fork
+            ):
                 kernels.conv_backward_weight(
                     g, &seen[0], &dyt[0], &dwt[0], i // pieces, i % pieces * some,
                     min(g.taps, (i % pieces + 1) * some),
                 )
-            for i in prange(g.k, schedule="static"):
+            for i in prange(g.k, schedule="static", use_threads_if=self.fork):
                 untranspose_row(
                     &dwt[0], k_group, g.taps, nr, &dweight[0], accumulate, i
                 )

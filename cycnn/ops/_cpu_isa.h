@@ -285,7 +285,7 @@ TARGET static void SUFFIX(conv_transpose)(
                     for (idx k = 0; k < NR; ++k)
                         to[j * NR + k] = k < width ? from[k * pixels + j] : 0.0f;
             }
-            VEC lo = {0}, hi = {0};
+            VEC lo = (VEC){0}, hi = (VEC){0};
             for (idx j = 0; j < pixels; ++j) {
                 lo += SUFFIX(load)(to + j * NR);
                 hi += SUFFIX(load)(to + j * NR + VW);
@@ -304,9 +304,12 @@ TARGET static ALWAYS_INLINE void SUFFIX(weight_rows)(
     const int rows, const conv_t *g, idx images, const float *x, const idx *at,
     const float *dyt, float *part)
 {
-    VEC lo[MR] = {{0}}, hi[MR] = {{0}};
+    VEC lo[MR], hi[MR];
     const float *row[MR];
-    for (int i = 0; i < rows; ++i) row[i] = x + at[i];
+    for (int i = 0; i < rows; ++i) {
+        lo[i] = hi[i] = (VEC){0};
+        row[i] = x + at[i];
+    }
     for (idx n = 0; n < images; ++n) {
         for (idx j = 0; j < g->pixels; ++j, dyt += NR) {
             const idx here = g->pixel_at[j];

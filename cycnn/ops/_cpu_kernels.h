@@ -69,8 +69,8 @@ typedef struct {
     idx pixels;          /* P Q */
     idx taps;            /* C / groups R S */
     idx x_plane, x_image;
-    const idx *pixel_at; /* (P Q) offset in a plane where the window of a position starts */
-    const idx *tap_at;   /* (C / groups R S) offset of a filter element in that window */
+    const idx *pixel_at; /* (P Q) offset in a plane where a window starts */
+    const idx *tap_at;   /* (C / groups R S) offset of an element in a window */
     idx unit;            /* images that the backward takes together */
     idx block;           /* images whose weight gradient is summed in registers */
 } conv_t;

@@ -19,7 +19,7 @@ _FLOAT32, _INT32, _UINT8 = (np.dtype(name) for name in ("float32", "int32", "uin
 
 
 def _array(name: str, x, dtype=_FLOAT32) -> np.ndarray:
-    """The array behind a tensor, which must be on the CPU and of ``dtype`` (any: None)."""
+    """The array behind a tensor, on the CPU and of ``dtype`` (None: of any)."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{name} is a {type(x).__name__}: expected a Tensor; cycnn.Tensor({name}, "
@@ -385,7 +385,7 @@ def permutation(count, seed, epoch, device):
 
 
 def gather_images(images, index, scale, shift):
-    """images[index] * scale + shift as float32; images are uint8 or float32 (M, ...)."""
+    """images[index] * scale + shift, float32; images are uint8 or float32."""
     as_bytes = isinstance(images, Tensor) and images.dtype == _UINT8
     images = _array("images", images, _UINT8 if as_bytes else _FLOAT32)
     index = _array("index", index, _INT32)

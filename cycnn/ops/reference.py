@@ -93,7 +93,7 @@ def sigmoid_forward(x):
 def sigmoid_backward(dy, y):
     """dx = dy y (1 - y).
 
-    dy/dx = exp(-x) / (1 + exp(-x))^2 = y (1 - y), since 1 - y = exp(-x) / (1 + exp(-x)).
+    dy/dx = exp(-x) / (1 + exp(-x))^2 = y (1 - y), as 1 - y = exp(-x) / (1 + exp(-x)).
     """
     shapes.check_same(y=y.shape, dy=dy.shape)
     y = _f64(y)
@@ -470,7 +470,7 @@ def cross_entropy_backward(log_probs, labels):
 
 
 def argmax(x):
-    """Index of the first maximum of each row, int32; the first NaN counts as maximum."""
+    """Index of the first maximum of each row, int32; NaN counts as the maximum."""
     shapes.check_scores("x", x.shape)
     return np.argmax(x, axis=1).astype(np.int32)
 

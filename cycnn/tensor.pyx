@@ -1,3 +1,4 @@
+# cython: language_level=3
 """Tensors: a shape and a dtype over memory of one device.
 
 A tensor is always C-contiguous. On the CPU it wraps a NumPy array, on a GPU a
@@ -5,13 +6,11 @@ A tensor is always C-contiguous. On the CPU it wraps a NumPy array, on a GPU a
 GPU is asked for.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 
-from .devices import CPU, Device
+from .devices import CPU
 from .devices import device as as_device
 from .errors import ShapeError
 
@@ -20,10 +19,17 @@ _FLOAT32, _INT32, _UINT8 = DTYPES
 _INT32_RANGE = np.iinfo(np.int32)
 
 
-def _gpu():
-    from .gpu import memory
+# cycnn.gpu.memory, once a tensor on a GPU was asked for.
+cdef object _memory = None
 
-    return memory
+
+cdef _gpu():
+    global _memory
+    if _memory is None:
+        from .gpu import memory
+
+        _memory = memory
+    return _memory
 
 
 def _as_dtype(dtype) -> np.dtype:
@@ -71,7 +77,7 @@ def _convert(data) -> np.ndarray:
     return np.asarray(array, dtype=dtype, order="C")
 
 
-class Tensor:
+cdef class Tensor:
     """Numbers on a device.
 
     Parameters
@@ -88,7 +94,14 @@ class Tensor:
         If the numbers are complex, objects, or integers that do not fit int32.
     """
 
-    __slots__ = ("_shape", "_dtype", "_device", "_ptr", "_storage", "__weakref__")
+    cdef tuple _shape
+    cdef object _dtype
+    cdef object _device
+    # the address on a GPU, which kernels are given; None in host memory
+    cdef readonly object _ptr
+    # the array or DeviceBuffer, which may hold more than this tensor
+    cdef object _storage
+    cdef object __weakref__
 
     def __init__(self, data, device=None):
         if isinstance(data, Tensor):
@@ -105,9 +118,10 @@ class Tensor:
                 if np.may_share_memory(array, data) or array is data:
                     array = array.copy()
                 made = _of_array(array)
-        self._shape, self._dtype = made._shape, made._dtype
-        self._device, self._ptr = made._device, made._ptr
-        self._storage = made._storage
+        cdef Tensor source = made
+        self._shape, self._dtype = source._shape, source._dtype
+        self._device, self._ptr = source._device, source._ptr
+        self._storage = source._storage
 
     # what it is
 
@@ -120,7 +134,7 @@ class Tensor:
         return self._dtype
 
     @property
-    def device(self) -> Device:
+    def device(self):
         return self._device
 
     @property
@@ -130,11 +144,11 @@ class Tensor:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return math.prod(self._shape)
+        return _count(self._shape)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self._shape) * self._dtype.itemsize
+        return _count(self._shape) * self._dtype.itemsize
 
     @property
     def ptr(self) -> int:
@@ -252,7 +266,7 @@ class Tensor:
     def __iter__(self):
         return (self[i] for i in range(len(self)))
 
-    def _view(self, shape, offset) -> Tensor:
+    cdef Tensor _view(self, tuple shape, offset):
         """``shape`` elements from element ``offset`` on, sharing this memory."""
         if not self._device.is_cuda:
             count = math.prod(shape)
@@ -273,6 +287,9 @@ class Tensor:
         """
         if not isinstance(source, Tensor):
             source = _of_array(_convert(source))
+        return self._copy(source)
+
+    cdef Tensor _copy(self, Tensor source):
         if source._shape != self._shape:
             raise ShapeError(f"cannot copy shape {source._shape} into {self._shape}")
         if source._dtype != self._dtype:
@@ -295,9 +312,17 @@ class Tensor:
 
     def fill_(self, value) -> Tensor:
         """Set every element to ``value``; returns self."""
-        from .ops import for_device
-
-        for_device(self._device).fill(self, value)
+        if not self._device.is_cuda:
+            self._storage.fill(value)
+        elif self.nbytes:
+            pattern = np.full(1, value, self._dtype).view(f"u{self._dtype.itemsize}")
+            _gpu().fill_pattern(
+                self._ptr,
+                int(pattern[0]),
+                self._dtype.itemsize,
+                self.size,
+                self._device.index,
+            )
         return self
 
     # exchange with other libraries
@@ -328,14 +353,19 @@ class Tensor:
         return _dlpack.to_capsule(self, stream, max_version, dl_device, copy)
 
 
-def _new(shape, dtype, device, ptr, storage) -> Tensor:
-    made = Tensor.__new__(Tensor)
+cpdef Tensor on_gpu(tuple shape, dtype, device, ptr, storage):
+    """A tensor over memory that ``storage`` keeps alive."""
+    return _new(shape, dtype, device, ptr, storage)
+
+
+cdef Tensor _new(tuple shape, dtype, device, ptr, storage):
+    cdef Tensor made = Tensor.__new__(Tensor)
     made._shape, made._dtype, made._device = shape, dtype, device
     made._ptr, made._storage = ptr, storage
     return made
 
 
-def _of_array(array: np.ndarray) -> Tensor:
+cdef Tensor _of_array(array):
     """A CPU tensor that shares ``array``, which must be C-contiguous already."""
     # the address is looked up when asked for: ndarray.ctypes costs a microsecond
     return _new(array.shape, array.dtype, CPU, None, array)
@@ -371,21 +401,23 @@ def empty(shape, dtype="float32", device=None) -> Tensor:
     return empty_on_gpu(shape, dtype, device)
 
 
-def empty_on_gpu(shape: tuple, dtype: np.dtype, device: Device) -> Tensor:
+cpdef Tensor empty_on_gpu(tuple shape, dtype, device):
     """:func:`empty` without its checks, for operations that made them already."""
-    buffer = _gpu().DeviceBuffer(math.prod(shape) * dtype.itemsize, device.index)
-    return _new(shape, dtype, device, buffer.ptr, buffer)
+    buffer = _gpu().DeviceBuffer(_count(shape) * dtype.itemsize, device.index)
+    return _new(shape, dtype, device, buffer._ptr, buffer)
+
+
+cdef _count(tuple shape):
+    count = 1
+    for size in shape:
+        count = count * size
+    return count
 
 
 def zeros(shape, dtype="float32", device=None) -> Tensor:
     """A tensor of zeros; see :func:`empty`."""
     made = empty(shape, dtype, device)
-    if made.device.is_cuda:
-        if made.nbytes:
-            _gpu().fill_bytes(made.ptr, 0, made.nbytes, made.device.index)
-    else:
-        made.array[...] = 0
-    return made
+    return made.fill_(0)
 
 
 def from_dlpack(source) -> Tensor:
