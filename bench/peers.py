@@ -40,7 +40,7 @@ def contestants(device, compile_too):
     if device == "cpu":
         # no JAX: its jitted scan takes minutes an epoch on a CPU
         return ["cycnn-fp32", "torch-eager-fp32"]
-    kinds = ["cycnn", "torch-eager", "torch-graph"]
+    kinds = ["cycnn", "cycnn-eager", "torch-eager", "torch-graph"]
     kinds += ["torch-compile"] if compile_too else []
     return [f"{kind}-{mode}" for kind in [*kinds, "jax-scan"] for mode in PRECISIONS]
 
@@ -68,11 +68,13 @@ def run_cycnn(kind, mode, options, arrays):
         model.parameters(), lr=LR, alpha=ALPHA, eps=EPS, weight_decay=DECAY,
         initial_accumulator=ACCUMULATOR,
     )
-    trainer = cycnn.Trainer(model, nn.NLLLoss(), optimizer)
+    # cycnn: what a user gets, on a GPU each step one graph; cycnn-eager: no graph
+    capture = False if kind == "cycnn-eager" else None
+    trainer = cycnn.Trainer(model, nn.NLLLoss(), optimizer, capture=capture)
     history = trainer.fit(train, options.warmup + options.epochs, BATCH, seed=0)
     return {
         "version": cycnn.__version__,
-        "settings": "Trainer.fit, uint8 images",
+        "settings": f"Trainer.fit, uint8 images, capture={capture}",
         "seconds": history["seconds"][options.warmup :],
         "accuracy": trainer.evaluate(test)["accuracy"],
     }
@@ -403,7 +405,7 @@ def machine(options):
 
 def table(about, results):
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
-    own = {n.rsplit("-", 1)[1]: r for n, r in results.items() if n.startswith("cycnn")}
+    own = {mode: results.get(f"cycnn-{mode}", {}) for mode in PRECISIONS}
     lines.append(
         f"{'contestant':<20} {'ms an epoch':>11} {'spread':>15} {'x cycnn':>8} "
         f"{'accuracy':>9}  version, settings"
@@ -413,7 +415,7 @@ def table(about, results):
             lines.append(f"{name:<20} {result['error'].splitlines()[0]}")
             continue
         times = [1000 * seconds for seconds in result["seconds"]]
-        base = own.get(name.rsplit("-", 1)[1], {}).get("median")
+        base = own[name.rsplit("-", 1)[1]].get("median")
         ratio = f"{result['median'] / base:.2f}" if base else "-"
         accuracy = f"{result['accuracy']:.2%}" + "!" * (not result["learned"])
         lines.append(
