@@ -1,0 +1,227 @@
+// linear_block_forward: y = relu(x weight^T + bias), and head_forward: the last linear layer
+// with log-softmax, mean negative log-likelihood and the gradient of the logits.
+//
+//   y[n][o] = sum_i x[n][i] weight[o][i] + bias[o]                          (then ReLU)
+//   log_probs = y - log sum_o exp y,   loss = -1/N sum_n log_probs[n][labels[n]]
+//   dlogits = d loss / d y = (exp(log_probs) - onehot(labels)) / N
+//
+// Small products live on latency, not on arithmetic. Operands go straight from memory to
+// mma.sync fragments (fused.cuh), with no shared memory in between: both matrices are
+// contiguous along the contraction i, and its order is free as long as both use the same one.
+// In a block of 16 numbers lane t of a row takes 4 t to 4 t + 3, one 16-byte load: for tf32
+// two products (0 and 1, then 2 and 3, as words t and t + 4), for bf16 one (pairs as words).
+// The WARPS of a block take blocks of i in turn and their sums are added in warp order.
+#include "fused.cuh"
+
+constexpr int K_BLOCKS = ceil_div(I, 16);
+constexpr int AHEAD = ceil_div(K_BLOCKS, WARPS) < 4 ? ceil_div(K_BLOCKS, WARPS) : 4;
+
+// 4 numbers from row[i] on; zeros past I and for no row
+__device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i, bool some) {
+  if (I % 4 == 0) {
+    const float4 q = some && i < I ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
+    v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = some && i + e < I ? row[i + e] : 0.f;
+  }
+}
+
+// d[m][n] += rows 16 m + g (+ 8) of x times rows 8 n + g of weight, over this warp's blocks.
+// x, weight: first rows of the tile; rows, outputs: how many exist from there on.
+template <int m_tiles, int n_tiles>
+__device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4], const float* x,
+                                         int rows, const float* weight, int outputs) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll AHEAD
+  for (int block = warp; block < K_BLOCKS; block += WARPS) {
+    const int i = block * 16 + 4 * t;
+    float a[m_tiles][2][4], b[n_tiles][4];
+#pragma unroll
+    for (int m = 0; m < 2 * m_tiles; ++m) {
+      const int row = 8 * m + g;
+      load_four(a[m / 2][m % 2], x + (long long)row * I, i, row < rows);
+    }
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n) {
+      const int row = 8 * n + g;
+      load_four(b[n], weight + (long long)row * I, i, row < outputs);
+    }
+    if (MODE == MODE_BF16) {
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m) {
+        const u32 aw[4] = {pack_bf16(a[m][0][0], a[m][0][1]), pack_bf16(a[m][1][0], a[m][1][1]),
+                           pack_bf16(a[m][0][2], a[m][0][3]), pack_bf16(a[m][1][2], a[m][1][3])};
+#pragma unroll
+        for (int n = 0; n < n_tiles; ++n)
+          mma_bf16(d[m][n], aw, pack_bf16(b[n][0], b[n][1]), pack_bf16(b[n][2], b[n][3]));
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; e += 2)
+#pragma unroll
+        for (int m = 0; m < m_tiles; ++m) {
+          const float av[4] = {a[m][0][e], a[m][1][e], a[m][0][e + 1], a[m][1][e + 1]};
+          u32 big[4], small[4];
+#pragma unroll
+          for (int f = 0; f < 4; ++f) {
+            big[f] = round_tf32(av[f]);
+            small[f] = rest_tf32(av[f], big[f]);
+          }
+#pragma unroll
+          for (int n = 0; n < n_tiles; ++n) {
+            const u32 b0 = round_tf32(b[n][e]), b1 = round_tf32(b[n][e + 1]);
+            if (MODE == MODE_FP32) {
+              mma_tf32(d[m][n], small, b0, b1);
+              mma_tf32(d[m][n], big, rest_tf32(b[n][e], b0), rest_tf32(b[n][e + 1], b1));
+            }
+            mma_tf32(d[m][n], big, b0, b1);
+          }
+        }
+    }
+  }
+}
+
+// This warp's sums to shared[warp][row][pitch].
+template <int m_tiles, int n_tiles, int pitch>
+__device__ __forceinline__ void store_sums(const float (&d)[m_tiles][n_tiles][4], float* shared) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < 2 * m_tiles; ++m)
+#pragma unroll
+    for (int n = 0; n < n_tiles; ++n)
+      *(float2*)(shared + (warp * 16 * m_tiles + 8 * m + g) * pitch + 8 * n + 2 * t) =
+          make_float2(d[m / 2][n][m % 2 * 2], d[m / 2][n][m % 2 * 2 + 1]);
+}
+
+#if !HEAD
+// Launch: grid (ceil(N / (16 M_TILES)), ceil(O / (8 N_TILES))), block 32 WARPS, no dynamic
+// shared memory.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+linear_block_forward(const float* x,       // [N][I]
+                     const float* weight,  // [O][I]
+                     const float* bias,    // [O]
+                     float* y,             // [N][O]
+                     int N) {
+  constexpr int ROWS = 16 * M_TILES, COLUMNS = 8 * N_TILES, PITCH = COLUMNS + 8;
+  __shared__ float sums[WARPS * ROWS * PITCH];
+  const int n0 = blockIdx.x * ROWS, o0 = blockIdx.y * COLUMNS;
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  float d[M_TILES][N_TILES][4] = {};
+  multiply<M_TILES, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
+                             O - o0);
+  store_sums<M_TILES, N_TILES, PITCH>(d, sums);
+  __syncthreads();
+#pragma unroll
+  for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 32 * WARPS) {
+    const int row = i / COLUMNS, column = i % COLUMNS;
+    if (n0 + row >= N || o0 + column >= O) continue;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += sums[(w * ROWS + row) * PITCH + column];
+    if (HAS_BIAS) sum += bias[o0 + column];
+    y[(long long)(n0 + row) * O + o0 + column] = RELU && sum <= 0.f ? 0.f : sum;
+  }
+}
+
+#else
+// Launch: grid CLUSTER = one cluster of as many blocks (1 before Hopper), block 32 WARPS,
+// dynamic shared memory SHARED_BYTES. Block r takes rows 16 r to 16 r + 15 and every CLUSTER-th such run after it.
+// The loss: sums of a warp's rows, of a block's warps, of the blocks, each in fixed order.
+constexpr int PITCH = 8 * N_TILES + 8;             // of the partial sums
+constexpr int L_PITCH = round_up(O, 8 * N_TILES);  // of the logits
+static_assert(4 * 16 * (WARPS * PITCH + L_PITCH) <= SHARED_BYTES, "shared memory");
+
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
+  return v;
+}
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+  return v;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER)
+#endif
+head_forward(const float* x,       // [N][I]
+             const float* weight,  // [O][I]
+             const float* bias,    // [O]
+             const int* labels,    // [N]
+             float* log_probs,     // [N][O]
+             float* loss,          // []
+             float* dlogits,       // [N][O]
+             int N) {
+  extern __shared__ __align__(16) float shared[];
+  __shared__ float losses[WARPS], block_losses[CLUSTER];
+  float* sums = shared;                      // [WARPS][16][PITCH]
+  float* logits = sums + WARPS * 16 * PITCH;  // [16][L_PITCH]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  arrive_cluster();  // a block's shared memory may be written once the block runs
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+
+  float warp_loss = 0.f;
+#pragma unroll 1
+  for (int n0 = blockIdx.x * 16; n0 < N; n0 += CLUSTER * 16) {
+#pragma unroll 1
+    for (int o0 = 0; o0 < O; o0 += 8 * N_TILES) {
+      float d[1][N_TILES][4] = {};
+      multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I, O - o0);
+      store_sums<1, N_TILES, PITCH>(d, sums);
+      __syncthreads();
+#pragma unroll
+      for (int i = threadIdx.x; i < 16 * 8 * N_TILES; i += 32 * WARPS) {
+        const int row = i / (8 * N_TILES), column = i % (8 * N_TILES);
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += sums[(w * 16 + row) * PITCH + column];
+        if (HAS_BIAS && o0 + column < O) sum += bias[o0 + column];
+        logits[row * L_PITCH + o0 + column] = sum;
+      }
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int row = warp; row < 16 && n0 + row < N; row += WARPS) {
+      const float* z = logits + row * L_PITCH;
+      const int label = labels[n0 + row];
+      float high = -__int_as_float(0x7f800000), sum = 0.f;
+      for (int o = lane; o < O; o += 32) high = fmaxf(high, z[o]);
+      high = warp_max(high);
+      for (int o = lane; o < O; o += 32) sum += expf(z[o] - high);
+      sum = warp_sum(sum);
+      const float log_sum = logf(sum), scale = 1.f / (float)N;
+      for (int o = lane; o < O; o += 32) {
+        const long long out = (long long)(n0 + row) * O + o;
+        const float log_prob = z[o] - high - log_sum;
+        log_probs[out] = log_prob;
+        dlogits[out] = (expf(log_prob) - (o == label ? 1.f : 0.f)) * scale;
+      }
+      // a label that is no class: never read there, and say so through the loss
+      warp_loss += label >= 0 && label < O ? high + log_sum - z[label]
+                                           : __int_as_float(0x7fffffff);
+    }
+    __syncthreads();
+  }
+
+  if (lane == 0) losses[warp] = warp_loss;
+  __syncthreads();
+  wait_cluster();
+  if (threadIdx.x == 0) {
+    float sum = 0.f;
+    for (int w = 0; w < WARPS; ++w) sum += losses[w];
+    store_to_block(block_losses + blockIdx.x, 0, sum);
+  }
+  arrive_cluster();
+  wait_cluster();
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    float sum = 0.f;
+    for (int r = 0; r < CLUSTER; ++r) sum += block_losses[r];
+    loss[0] = sum / (float)N;
+  }
+}
+#endif

@@ -1,0 +1,658 @@
+"""Fused forward operations on a GPU: plans, launch shapes, arguments.
+
+The kernels (``cuda/templates/*_forward.cu``) are specialised for a layer: its shape, its
+tile and the precision are options of the compiler, only the batch is known later. A
+plan is what is chosen here for a layer: all plain integers, made without a GPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import shapes
+from ..gpu import device as gpu_device
+from ..gpu.launch import Kernel
+from ..precision import get_precision
+from ..shapes import ceil_div
+from ..tensor import empty_on_gpu
+
+_FLOAT32, _UINT8 = np.dtype("float32"), np.dtype("uint8")
+_MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
+
+# Kibibytes of shared memory: most for a block, and of a multiprocessor.
+_SHARED = {(8, 0): (163, 164), (8, 7): (163, 164), (9, 0): (227, 228), (10, 0): (227, 228)}
+_SHARED_ELSEWHERE = (99, 100)
+_MAX_POSITIONS = 32  # of a pooling window whose sums a thread keeps
+
+
+class Machine(NamedTuple):
+    """What a plan depends on of the GPU."""
+
+    arch: str  # "sm_90"
+    sm_count: int
+
+    @property
+    def capability(self) -> tuple:
+        return int(self.arch[3:-1]), int(self.arch[-1])
+
+    @property
+    def shared(self) -> tuple:
+        return _SHARED.get(self.capability, _SHARED_ELSEWHERE)
+
+
+class ConvShape(NamedTuple):
+    """A convolution block but for its batch."""
+
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: tuple
+    padding: tuple
+    pool: tuple  # (1, 1): none
+    relu: bool
+    bias: bool
+    code: bool
+
+    @property
+    def output(self) -> tuple:
+        """(P, Q) before pooling."""
+        return (
+            (self.H + 2 * self.padding[0] - self.R) // self.stride[0] + 1,
+            (self.W + 2 * self.padding[1] - self.S) // self.stride[1] + 1,
+        )
+
+    @property
+    def pooled(self) -> tuple:
+        p, q = self.output
+        return p // self.pool[0], q // self.pool[1]
+
+
+class Plan(NamedTuple):
+    """How a kernel is compiled and launched."""
+
+    library: str
+    options: tuple  # (("C", 32), ...)
+    specific: bool  # needs the instructions of exactly this architecture
+    block: int
+    shared: int
+    images: int  # a block's
+    tiles: int  # blocks for a group of images
+    channel_tiles: int
+    packed_units: int = 0  # 16 bytes each, of the packed filter
+    pack_threads: int = 0
+
+    @property
+    def definitions(self) -> tuple:
+        return tuple(f"-D{name}={int(value)}" for name, value in self.options)
+
+    def grid(self, n: int) -> tuple:
+        return ceil_div(n, self.images) * self.tiles, self.channel_tiles
+
+
+def _round_up(a, b):
+    return ceil_div(a, b) * b
+
+
+def _shape_options(shape):
+    return (
+        *zip("CHWKRS", shape[:6]),
+        ("STRIDE_H", shape.stride[0]),
+        ("STRIDE_W", shape.stride[1]),
+        ("PAD_H", shape.padding[0]),
+        ("PAD_W", shape.padding[1]),
+        ("POOL_H", shape.pool[0]),
+        ("POOL_W", shape.pool[1]),
+        ("RELU", shape.relu),
+        ("HAS_BIAS", shape.bias),
+        ("HAS_CODE", shape.code),
+    )
+
+
+# The general convolution: every tile that fits is priced in clocks and the cheapest taken.
+
+# Clocks of a multiprocessor for a 16 x 8 x 8 (words) product with mma.sync; Hopper's wgmma
+# needs 1. Bytes a clock from the L2 cache and from shared memory. Clocks to start a block,
+# and of a round trip to the L2 cache.
+_MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES, _SHARED_BYTES = 1.6, 1.0, 40, 128
+_START_CLOCKS, _TRIP_CLOCKS = 1500, 800
+
+
+class Tile(NamedTuple):
+    """A block's work, in the words of ``conv_block_forward.cu``."""
+
+    IM: int
+    TP: int
+    TQ: int
+    TK: int
+    CQ: int
+    W_ROWS: int
+    SLOTS: int
+    WGMMA: int
+    WARPS_M: int
+    WARPS_N: int
+    WARPS_K: int
+    STAGERS: int
+    BLOCKS_PER_SM: int
+    SHARED_BYTES: int
+
+
+def _extents(used, pool):
+    """Sizes of a tile along an axis: the pool's power-of-two multiples, and all of it."""
+    sizes = {pool << i for i in range(7) if pool << i < 2 * used}
+    return sorted(sizes | {used})
+
+
+def _geometry(shape, tile_p, tile_q, images, tk, cq, mode):
+    """Sizes in the kernel's words: (chunks, bytes of an input buffer, of a filter row)."""
+    quad = 8 if mode == 2 else 4
+    parts = 2 if mode == 0 else 1
+    rows = (tile_p - 1) * shape.stride[0] + shape.R
+    columns = (tile_q - 1) * shape.stride[1] + shape.S
+    units = rows * shape.stride[1] * ceil_div(columns, shape.stride[1]) * images
+    return (
+        ceil_div(shape.C, cq * quad),
+        16 * parts * cq * units,
+        16 * parts * shape.S * cq * tk,
+    )
+
+
+def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq):
+    """(WGMMA, WARPS_M, WARPS_N, WARPS_K) that can share a tile."""
+    if (
+        machine.capability == (9, 0)
+        and pixels % 64 == 0
+        and (row_pixels % 64 == 0 or tile_p % 8 == 0)
+        and tk & (tk - 1) == 0
+    ):
+        for groups, k in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)):
+            if pixels // 64 % groups == 0 and cq % (2 * k) == 0:
+                yield 1, 4 * groups, 1, k
+    for m, n, k in (
+        (4, 2, 1), (2, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (8, 1, 1), (2, 1, 1),
+        (2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4), (1, 1, 2), (2, 1, 2),
+        (4, 1, 2),
+    ):
+        if pixels % (16 * m) == 0 and tk % (8 * n) == 0 and cq % (2 * k) == 0:
+            yield 0, m, n, k
+
+
+def _staging(shape, tile_p, tile_q, images, cq, stagers, quad):
+    """(units a stager brings for a chunk, how many at a time)."""
+    rows = (tile_p - 1) * shape.stride[0] + shape.R
+    columns = (tile_q - 1) * shape.stride[1] + shape.S
+    units = ceil_div(cq * rows * columns * images, 32 * stagers)
+    return units, min(units, 48 // quad)
+
+
+def _price(shape, n, machine, tile, mode):
+    """Clocks of the whole layer, roughly."""
+    products = 3 if mode == 0 else 1
+    parts = 2 if mode == 0 else 1
+    quad = 8 if mode == 2 else 4
+    p, q = shape.pooled
+    positions = shape.pool[0] * shape.pool[1]
+    pixels = tile.IM * tile.TP * tile.TQ
+    blocks = (
+        ceil_div(n, tile.IM)
+        * ceil_div(p * shape.pool[0], tile.TP)
+        * ceil_div(q * shape.pool[1], tile.TQ)
+        * ceil_div(shape.K, tile.TK)
+    )
+    chunks, x_bytes, w_row = _geometry(
+        shape, tile.TP, tile.TQ, tile.IM, tile.TK, tile.CQ, mode
+    )
+    loaded = w_row * shape.R + x_bytes
+    steps = tile.CQ // 2 * shape.R * shape.S  # of a chunk
+    if tile.WGMMA:
+        tensor = pixels // 16 * (tile.TK / 8) * products * _WGMMA_CLOCKS
+        reads = pixels // 64 * (64 + tile.TK) * 32 * products
+    else:
+        warps = tile.WARPS_M * tile.WARPS_N
+        m, k = pixels // 16 // tile.WARPS_M, tile.TK // 8 // tile.WARPS_N
+        # a warp alone cannot keep its quarter of the tensor cores busy
+        few = max(1, 6 / (warps * tile.WARPS_K * tile.BLOCKS_PER_SM))
+        tensor = warps * m * k * products * _MMA_CLOCKS * few
+        reads = warps * 512 * (m + ceil_div(k, 2)) * parts
+    multiply = max(steps * tensor, (steps * reads + 1.5 * loaded) / _SHARED_BYTES)
+    units, batch = _staging(
+        shape, tile.TP, tile.TQ, tile.IM, tile.CQ, tile.STAGERS, quad
+    )
+    stage = units * (8 * quad + 10) + ceil_div(units, batch) * _TRIP_CLOCKS
+    threads = 32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS)
+    outputs = pixels // positions * tile.TK / threads
+    last = _TRIP_CLOCKS + outputs * (40 + 6 * positions * tile.WARPS_K) * threads / 128
+
+    def together(count):
+        if not count:
+            return 0
+        chunk = max(count * multiply, count * loaded / _L2_BYTES, stage) + 100
+        return _START_CLOCKS + stage + chunks * chunk + count * last
+
+    full, rest = divmod(blocks, machine.sm_count * tile.BLOCKS_PER_SM)
+    return full * together(tile.BLOCKS_PER_SM) + together(
+        ceil_div(rest, machine.sm_count)
+    )
+
+
+def conv_tiles(shape, n, machine, mode):
+    """All tiles worth considering for a batch of about ``n``."""
+    p, q = shape.pooled
+    used_p, used_q = p * shape.pool[0], q * shape.pool[1]
+    quads = _round_up(ceil_div(shape.C, 8 if mode == 2 else 4), 2)
+    most, total = machine.shared
+    for images in (1, 2, 4, 8, 16, 32):
+        if images > 1 and images >= 2 * n:
+            break
+        for tile_q in _extents(used_q, shape.pool[1]):
+            if tile_q * images % 8 or tile_q * images > 128:
+                continue
+            for tile_p in _extents(used_p, shape.pool[0]):
+                pixels = tile_p * tile_q * images
+                if pixels % 16 or pixels > 512:
+                    continue
+                for tk in (8, 16, 32, 64, 128):
+                    if tk >= 2 * _round_up(shape.K, 8):
+                        break
+                    for cq in (2, 4, 8, 16):
+                        if cq > quads:
+                            break
+                        yield from _completed(
+                            shape, machine, mode, images, tile_p, tile_q, tk, cq
+                        )
+
+
+def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
+    pixels = images * tile_p * tile_q
+    most, total = machine.shared
+    chunks, x_bytes, w_row = _geometry(shape, tile_p, tile_q, images, tk, cq, mode)
+    quad, doubled = (8 if mode == 2 else 4), (2 if mode == 0 else 1)
+    kept = min(chunks, 2)  # chunks of the filter and buffers of the input at least
+    for blocks in (1, 2):
+        shared = min(most, total // blocks - 1) * 1024
+        for w_rows in {shape.R, 1}:
+            groups = shape.R // w_rows
+            room = (shared - kept * x_bytes - 4 * tk - 512) // (w_rows * w_row + 8)
+            slots = min(room, chunks * groups, 24)
+            if slots < kept * groups:
+                continue
+            for wgmma, m, n, k in _warp_layouts(
+                machine, pixels, images * tile_q, tile_p, tk, cq
+            ):
+                sums = pixels * tk // (32 * m * n)
+                if wgmma:
+                    multiplier = doubled * sums + 40
+                else:
+                    fragments = pixels // 16 // m + ceil_div(tk // 8 // n, 2)
+                    multiplier = doubled * (sums + 4 * fragments) + fragments + 36
+                for stagers in (4, 8):
+                    threads = 32 * (m * n * k + stagers)
+                    if threads > 512:
+                        continue
+                    units, batch = _staging(
+                        shape, tile_p, tile_q, images, cq, stagers, quad
+                    )
+                    stager = 2 * units + batch * quad + 28
+                    registers = min(255, 65536 // (threads * blocks) // 8 * 8)
+                    if max(multiplier, stager) > registers:
+                        continue
+                    staging = slots * w_rows * w_row + kept * x_bytes
+                    z_bytes = k * tk * (pixels + 4) * 4
+                    needed = _round_up(max(staging, z_bytes), 16) + 4 * tk + 8 * slots + 32
+                    if needed <= shared:
+                        yield Tile(
+                            images, tile_p, tile_q, tk, cq, w_rows, slots,
+                            wgmma, m, n, k, stagers, blocks, needed,
+                        )
+
+
+def block_plan(shape, tile, mode):
+    """The plan for a layer and a tile."""
+    quad = 8 if mode == 2 else 4
+    p, q = shape.pooled
+    channel_tiles = ceil_div(shape.K, tile.TK)
+    quads = _round_up(ceil_div(shape.C, quad), tile.CQ)
+    units = channel_tiles * tile.TK * quads * shape.R * shape.S
+    return Plan(
+        "conv_block_forward",
+        (*_shape_options(shape), ("MODE", mode), *zip(Tile._fields, tile)),
+        bool(tile.WGMMA),
+        32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS),
+        tile.SHARED_BYTES,
+        tile.IM,
+        ceil_div(p, tile.TP // shape.pool[0]) * ceil_div(q, tile.TQ // shape.pool[1]),
+        channel_tiles,
+        units * (2 if mode == 0 else 1),
+        units,
+    )
+
+
+# The convolution of few input channels
+
+
+def few_plan(shape, n, machine, mode, gather=False):
+    """The plan of ``conv_few_forward.cu``, or None if the layer is not for it."""
+    positions = shape.pool[0] * shape.pool[1]
+    if shape.C > 4 or positions > _MAX_POSITIONS:
+        return None
+    p, q = shape.pooled
+    parts = 2 if mode == 0 else 1
+    m_tiles = min(ceil_div(shape.K, 16), 4 // parts, max(1, 32 // positions))
+    groups = max(1, 4 // positions)
+    channel_tiles = ceil_div(shape.K, 16 * m_tiles)
+    steps = ceil_div(shape.C * shape.R * shape.S, 8)
+    resident = steps * m_tiles * 4 * parts <= 64
+    for row_tiles in range(1, p + 1):
+        rows = ceil_div(p, row_tiles)
+        passes = ceil_div(rows * q, 8 * groups)
+        x_rows = (rows * shape.pool[0] - 1) * shape.stride[0] + shape.R
+        words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
+        if not resident:
+            words += 16 * m_tiles * (8 * steps + 4)
+        shared = 4 * parts * words
+        enough = n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
+        if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
+            break
+    else:
+        return None
+    warps = ceil_div(passes, ceil_div(passes, 8))
+    return few_variant(shape, mode, 16 * m_tiles, rows, groups, warps, shared, gather)
+
+
+def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
+    options = (
+        *_shape_options(shape),
+        ("MODE", mode),
+        ("TK", tk),
+        ("TPP", rows),
+        ("GROUPS", groups),
+        ("WARPS", warps),
+        ("BLOCKS_PER_SM", 1),
+        ("SHARED_BYTES", shared),
+        ("GATHER", gather),
+    )
+    return Plan(
+        "conv_few_forward", options, False, 32 * warps, shared, 1,
+        ceil_div(shape.pooled[0], rows), ceil_div(shape.K, tk),
+    )
+
+
+@lru_cache(None)
+def conv_plan(shape, n, machine, mode):
+    """The plan for a layer and a batch of up to ``n``; None where there is none."""
+    if min(shape.pooled) < 1 or machine.capability < (8, 0):
+        return None
+    plan = few_plan(shape, n, machine, mode)
+    if plan is not None:
+        return plan
+    tiles = conv_tiles(shape, n, machine, mode)
+    best = min(tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None)
+    return None if best is None else block_plan(shape, best, mode)
+
+
+# Linear layers
+
+
+@lru_cache(None)
+def linear_plan(n, i, o, relu, bias, machine, mode):
+    """The plan of a linear layer for a batch of up to ``n``; None where there is none."""
+    if machine.capability < (8, 0):
+        return None
+    # larger tiles read less, smaller ones finish sooner: as large as keeps the GPU busy
+    for m_tiles, n_tiles in ((4, 4), (2, 4), (2, 2), (1, 2), (1, 1)):
+        grid = ceil_div(n, 16 * m_tiles), ceil_div(o, 8 * n_tiles)
+        if grid[0] * grid[1] >= machine.sm_count:
+            break
+    most = 4 if (m_tiles, n_tiles) == (4, 4) else 8  # static shared memory: 48 KiB
+    warps = min(most, ceil_div(i, 16))
+    options = (
+        ("HEAD", 0), ("I", i), ("O", o), ("RELU", relu), ("HAS_BIAS", bias), ("MODE", mode),
+        ("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS", warps),
+    )
+    return Plan(
+        "linear_block_forward", options, False, 32 * warps, 0, 16 * m_tiles, 1, grid[1]
+    )
+
+
+_HEAD_WORK = 1 << 17  # weights of a head; one cluster of blocks has to do it all
+
+
+@lru_cache(None)
+def head_plan(i, o, bias, machine, mode):
+    """The plan of a head of ``o`` classes; None where there is none."""
+    if machine.capability < (8, 0) or o > 1024 or i * o > _HEAD_WORK:
+        return None
+    cluster = 8 if machine.capability >= (9, 0) and machine.capability < (12, 0) else 1
+    warps, n_tiles = 8, min(ceil_div(o, 8), 8)
+    pitch = 8 * n_tiles
+    shared = 4 * 16 * (warps * (pitch + 8) + _round_up(o, pitch))
+    options = (
+        ("HEAD", 1), ("I", i), ("O", o), ("HAS_BIAS", bias), ("MODE", mode),
+        ("N_TILES", n_tiles), ("WARPS", warps), ("CLUSTER", cluster),
+        ("SHARED_BYTES", shared),
+    )
+    return Plan(
+        "linear_block_forward", options, False, 32 * warps, shared, 1, 1, cluster
+    )
+
+
+# The operations
+
+_get = gpu_device.get
+
+
+@lru_cache(None)
+def _machine(index):
+    gpu = _get(index)
+    return Machine(gpu.arch, gpu.sm_count)
+
+
+def _batch(n):
+    """The batch that plans are made for: a power of two, so that few are made."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class _Kernels(NamedTuple):
+    plan: Plan
+    run: Kernel
+    pack: Kernel | None
+
+
+@lru_cache(None)
+def _kernels(plan, name, signature):
+    definitions = plan.definitions
+    run = Kernel(plan.library, name, signature, definitions, plan.specific)
+    pack = None
+    if plan.packed_units:
+        pack = Kernel(plan.library, "conv_pack_filter", "PP", definitions, plan.specific)
+    return _Kernels(plan, run, pack)
+
+
+@lru_cache(512)
+def _conv(x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision):
+    """(shape of y, kernels or None) of a convolution block."""
+    n, k, p, q = shapes.conv2d_output_shape(
+        x_shape, w_shape, stride, padding, bias_shape=bias_shape
+    )
+    y_shape = (n, k, p, q)
+    if pool is not None:
+        y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
+    shape = ConvShape(
+        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), relu,
+        bias_shape is not None, pool is not None,
+    )
+    plan = conv_plan(shape, _batch(n), _machine(index), _MODES[precision])
+    if plan is None:
+        return y_shape, None
+    few = plan.library == "conv_few_forward"
+    return y_shape, _kernels(plan, plan.library, "PPPPP" if few else "PPPPPi")
+
+
+def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
+    """Whether :func:`conv_block_forward` can do it on GPU ``index``, in any precision.
+
+    It asks for an NVIDIA GPU of compute capability 8.0 or later and for a tile that
+    fits its shared memory. Dilation, groups and overlapping windows are for the unfused
+    operations.
+    """
+    return all(
+        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, precision)[1]
+        for precision in _MODES
+    )
+
+
+def _unsupported(what, *given):
+    return NotImplementedError(
+        f"no fused kernel for {what} {', '.join(map(str, given))} on this GPU: use the "
+        f"unfused layers"
+    )
+
+
+def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0)):
+    """Convolution, ReLU if ``relu`` and max pooling if ``pool``, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W)
+    weight : Tensor (K, C, R, S)
+    bias : Tensor (K,) or None
+    relu : bool
+    pool : tuple of int or None
+        Height and width of the windows, which are also their distance. Rows and columns
+        left over are dropped.
+    stride, padding : tuple of int
+
+    Returns
+    -------
+    y : Tensor (N, K, P, Q), pooled
+    code : uint8 Tensor like y, or None without ``pool``
+        0 where no gradient passes (``relu`` and y <= 0), else 1 + the position of the
+        first maximum in its window, row by row.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_block_supported` says no.
+    """
+    device = x.device
+    y_shape, kernels = _conv(
+        x.shape, weight.shape, None if bias is None else bias.shape, relu, pool, stride,
+        padding, device.index, get_precision(),
+    )
+    if kernels is None:
+        raise _unsupported("a convolution of", x.shape, weight.shape)
+    plan, run, pack = kernels
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    code = None if pool is None else empty_on_gpu(y_shape, _UINT8, device)
+    n = y_shape[0]
+    if not n:
+        return y, code
+    stream = _get(device.index).compute
+    launch = dict(shared=plan.shared, dependent=True)
+    if pack is None:
+        run(stream, plan.grid(n), plan.block, x, weight, bias, y, code, **launch)
+        return y, code
+    packed = empty_on_gpu((4 * plan.packed_units,), _FLOAT32, device)
+    pack(stream, ceil_div(plan.pack_threads, 256), 256, weight, packed, dependent=True)
+    run(stream, plan.grid(n), plan.block, x, packed, bias, y, code, n, **launch)
+    return y, code
+
+
+def linear_block_forward(x, weight, bias, relu):
+    """A linear layer, and ReLU if ``relu``, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,) or None
+    relu : bool
+
+    Returns
+    -------
+    Tensor (N, O)
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        Before compute capability 8.0.
+    """
+    device = x.device
+    y_shape = n, outputs = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    plan = linear_plan(
+        _batch(n), x.shape[1], outputs, relu, bias is not None, _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a linear layer of", x.shape, weight.shape)
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    if n:
+        run = _kernels(plan, "linear_block_forward", "PPPPi").run
+        run(
+            _get(device.index).compute, plan.grid(n), plan.block, x, weight, bias, y, n,
+            dependent=True,
+        )
+    return y
+
+
+def head_supported(inputs, classes, index) -> bool:
+    """Whether :func:`head_forward` can do it on GPU ``index``: it is for few weights."""
+    return head_plan(inputs, classes, True, _machine(index), 0) is not None
+
+
+def head_forward(x, weight, bias, labels):
+    """The last linear layer with log-softmax, mean NLL and its gradient, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    bias : Tensor (O,) or None
+    labels : int32 Tensor (N,)
+
+    Returns
+    -------
+    log_probs : Tensor (N, O)
+    loss : Tensor ()
+        Their mean at the labels, negated; NaN for a label that is no class, and for an
+        empty batch.
+    dlogits : Tensor (N, O)
+        (softmax - onehot) / N, the gradient of the loss.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`head_supported` says no.
+    """
+    device = x.device
+    y_shape = n, classes = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    shapes.check_labels("x weight^T", y_shape, labels.shape)
+    plan = head_plan(
+        x.shape[1], classes, bias is not None, _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a head of", x.shape, weight.shape)
+    log_probs = empty_on_gpu(y_shape, _FLOAT32, device)
+    dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
+    loss = empty_on_gpu((), _FLOAT32, device)
+    _kernels(plan, "head_forward", "PPPPPPPi").run(
+        _get(device.index).compute, plan.channel_tiles, plan.block, x, weight, bias,
+        labels, log_probs, loss, dlogits, n, shared=plan.shared, dependent=True,
+    )
+    return log_probs, loss, dlogits
