@@ -30,7 +30,10 @@
 //   of 64 units of one row or of 8 units of 8 rows. Otherwise mma.sync with WARPS_M x WARPS_N
 //   x WARPS_K warps. WARPS_K splits the quads of a chunk; its sums are added in warp order.
 // In "fp32" the tensor cores' sums, which are truncated at every step, are moved to ordinary
-// float32 sums after each chunk.
+// float32 sums after W_ROWS filter rows of a chunk.
+//
+// SETTLED = 1: the filter was complete before the kernel ahead of this one started, so that
+// under programmatic dependent launch it may be fetched before that one has finished.
 //
 // Launch: grid (image groups x row tiles x column tiles, channel tiles), block 32 (WARPS_M
 // WARPS_N WARPS_K + STAGERS), dynamic shared memory SHARED_BYTES, any N >= 1.
@@ -55,6 +58,15 @@ constexpr int PHASE_UNITS = ceil_div(XCOLUMNS, STRIDE_W) * IM;  // columns of on
 constexpr int ROW_UNITS = STRIDE_W * PHASE_UNITS, PLANE_UNITS = XROWS * ROW_UNITS;
 constexpr int X_PART = CQ * PLANE_UNITS * 16, X_BYTES = PARTS * X_PART;
 constexpr int X_BUFFERS = CHUNKS > 1 ? 2 : 1;
+// Where one tile spans an axis, its border is padding for every block and stays zero: only
+// the live rows and columns are brought.
+constexpr int ROW0 = ROW_TILES == 1 ? PAD_H : 0, COLUMN0 = COLUMN_TILES == 1 ? PAD_W : 0;
+constexpr int live(int extent, int all, int first) {
+  return first + extent < all ? extent : all - first;
+}
+constexpr int LIVE_ROWS = ROW_TILES == 1 ? live(H, XROWS, ROW0) : XROWS;
+constexpr int LIVE_COLUMNS = COLUMN_TILES == 1 ? live(W, XCOLUMNS, COLUMN0) : XCOLUMNS;
+constexpr bool BORDER = LIVE_ROWS < XROWS || LIVE_COLUMNS < XCOLUMNS;
 
 constexpr int ROW_GROUPS = R / W_ROWS, SLOTS_USED = CHUNKS * ROW_GROUPS;
 constexpr int W_PART = W_ROWS * S * CQ * TK * 16, SLOT_BYTES = PARTS * W_PART;
@@ -122,7 +134,8 @@ __device__ __forceinline__ void fetch_filter(int i, const u8* filter, u32 shared
 // ---- input
 
 // The units of a chunk that a stager brings: unit u * STAGING + thread, columns fastest.
-constexpr int X_ALL = CQ * XROWS * XCOLUMNS * IM, X_UNITS = ceil_div(X_ALL, STAGING);
+constexpr int X_QUAD = LIVE_ROWS * LIVE_COLUMNS * IM, X_ALL = CQ * X_QUAD;
+constexpr int X_UNITS = ceil_div(X_ALL, STAGING);
 constexpr int X_BATCH = X_UNITS < 48 / QUAD_C ? X_UNITS : 48 / QUAD_C;  // in registers at a time
 struct InputUnits {
   int from[X_UNITS];  // offset of the unit's first channel in chunk 0, or -1: zeros
@@ -134,8 +147,8 @@ __device__ __forceinline__ InputUnits input_units(int images, int row0, int colu
 #pragma unroll
   for (int u = 0; u < X_UNITS; ++u) {
     const int i = u * STAGING + thread;
-    const int column = i % XCOLUMNS, image = i / XCOLUMNS % IM;
-    const int row = i / (XCOLUMNS * IM) % XROWS, quad = i / (XCOLUMNS * IM * XROWS);
+    const int column = COLUMN0 + i % LIVE_COLUMNS, image = i / LIVE_COLUMNS % IM;
+    const int row = ROW0 + i / (LIVE_COLUMNS * IM) % LIVE_ROWS, quad = i / X_QUAD;
     const int h = row0 + row, w = column0 + column;
     const bool inside = h >= 0 && h < H && w >= 0 && w < W && image < images && i < X_ALL;
     units.from[u] = inside ? ((image * C + quad * QUAD_C) * H + h) * W + w : -1;
@@ -156,7 +169,7 @@ __device__ __forceinline__ void load_input(float (&v)[X_BATCH][QUAD_C], const fl
     const int u = first + b;
     if (u >= X_UNITS) break;
     // the last chunk may reach past C
-    const int quad = (u * STAGING + thread) / (XCOLUMNS * IM * XROWS);
+    const int quad = (u * STAGING + thread) / X_QUAD;
     const int left = C - chunk * CHUNK_C - quad * QUAD_C;
 #pragma unroll
     for (int e = 0; e < QUAD_C; ++e)
@@ -224,8 +237,26 @@ __device__ __forceinline__ int tile_unit(int tile) {
   return WIDE ? tile % (ROW_PIXELS / 64) * 64 : tile % (ROW_PIXELS / 8) * 8;
 }
 
-// Queues the products of one chunk; i counts slots.
+// until the products of all chunks but the last `pending` are complete
+template <int pending> __device__ __forceinline__ void complete(Sums& sums) {
+  wgmma_wait<pending>();
+  if (pending == 0) {
+#pragma unroll
+    for (int m = 0; m < GROUP_TILES; ++m) wgmma_own(sums.d[m]);
+  }
+}
+
+__device__ __forceinline__ void add(Sums& sums, const Sums& more) {
+#pragma unroll
+  for (int i = 0; i < GROUP_TILES * (TK / 2); ++i)
+    sums.d[i / (TK / 2)][i % (TK / 2)] += more.d[i / (TK / 2)][i % (TK / 2)];
+}
+
+// Adds the products of one chunk to sums; i counts slots. Except in "fp32" wgmma may still
+// be running when it returns.
 __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 shared) {
+  Sums parts;  // "fp32" only
+  Sums& now = PARTS == 2 ? parts : sums;
   const int group = threadIdx.x / 128 % (WARPS_M / 4);
   const int quad0 = 2 * (threadIdx.x / (32 * WARPS_M));
   u64 a[GROUP_TILES];
@@ -237,12 +268,13 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
     a[m] = wgmma_operand(x + 16 * unit, 16 * PLANE_UNITS, WIDE ? 128 : 16 * STRIDE_H * ROW_UNITS);
   }
   const u64 b = wgmma_operand(shared + 16 * quad0 * TK, 16 * TK, 128);
-  wgmma_fence();
+  if (PARTS == 1) wgmma_fence();
 #pragma unroll
   for (int rows = 0; rows < ROW_GROUPS; ++rows) {
     const int i = chunk * ROW_GROUPS + rows;
     barrier_wait(shared + FILLED + 8 * (i % SLOTS), i / SLOTS & 1);
     const u64 b_slot = b + i % SLOTS * (SLOT_BYTES / 16);
+    if (PARTS == 2) wgmma_fence();
 #pragma unroll
     for (int tap = 0; tap < W_ROWS * S; ++tap)
 #pragma unroll
@@ -252,23 +284,19 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
 #pragma unroll
           for (int m = 0; m < GROUP_TILES; ++m)
             wgmma<MODE, TK>(
-                sums.d[m],
+                now.d[m],
                 a[m] + x_part(product) * (X_PART / 16) + j * PLANE_UNITS +
                     tap_units(rows * W_ROWS + tap / S, tap % S),
                 b_slot + w_part(product) * (W_PART / 16) + (tap * CQ + j) * TK,
-                (PARTS == 1 && chunk > 0) || rows + tap + j + product > 0);
+                PARTS == 1 ? chunk > 0 || rows + tap + j > 0 : tap + j + product > 0);
+    if (PARTS == 2) {
+      wgmma_commit();
+      complete<0>(now);
+      add(sums, now);
+    }
   }
-  wgmma_commit();
+  if (PARTS == 1) wgmma_commit();
 }
-// until the products of all chunks but the last `pending` are complete
-template <int pending> __device__ __forceinline__ void complete(Sums& sums) {
-  wgmma_wait<pending>();
-  if (pending == 0) {
-#pragma unroll
-    for (int m = 0; m < GROUP_TILES; ++m) wgmma_own(sums.d[m]);
-  }
-}
-
 __device__ __forceinline__ void store_sums(const Sums& sums, float* z) {
   const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   z += threadIdx.x / (32 * WARPS_M) * (TK * Z_PITCH);
@@ -293,7 +321,20 @@ struct Sums {
   float d[M_TILES][4 * N_TILES];
 };
 
+__device__ __forceinline__ void clear(Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < M_TILES * 4 * N_TILES; ++i)
+    sums.d[i / (4 * N_TILES)][i % (4 * N_TILES)] = 0.f;
+}
+__device__ __forceinline__ void add(Sums& sums, const Sums& more) {
+#pragma unroll
+  for (int i = 0; i < M_TILES * 4 * N_TILES; ++i)
+    sums.d[i / (4 * N_TILES)][i % (4 * N_TILES)] += more.d[i / (4 * N_TILES)][i % (4 * N_TILES)];
+}
+
 __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 shared) {
+  Sums parts;  // "fp32" only
+  Sums& now = PARTS == 2 ? parts : sums;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8;
   const int warp_m = warp % WARPS_M, warp_n = warp / WARPS_M % WARPS_N;
   const int quad0 = 2 * (warp / (WARPS_M * WARPS_N));
@@ -318,6 +359,7 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
     const int i = chunk * ROW_GROUPS + rows;
     barrier_wait(shared + FILLED + 8 * (i % SLOTS), i / SLOTS & 1);
     const u32 slot = i % SLOTS * SLOT_BYTES, row = 16 * rows * W_ROWS * ROW_UNITS;
+    if (PARTS == 2) clear(now);
 #pragma unroll
     for (int tap = 0; tap < W_ROWS * S; ++tap)
 #pragma unroll
@@ -340,11 +382,12 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
           for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
-              float(&d)[4] = *(float(*)[4])(sums.d[m] + 4 * n);
+              float(&d)[4] = *(float(*)[4])(now.d[m] + 4 * n);
               const u32* bp = bf[w_part(product)][n / 2] + n % 2 * 2;
               mma<MODE>(d, af[x_part(product)][m], bp[0], bp[1]);
             }
       }
+    if (PARTS == 2) add(sums, now);
   }
 }
 template <int pending> __device__ __forceinline__ void complete(Sums&) {}
@@ -370,23 +413,35 @@ constexpr int TILE_SUMS = sizeof(((Sums*)0)->d[0]) / 4;
 // ---- the two kinds of warps. done[b] completes for chunk c when c / 2 + 1 times all warps
 // of multipliers have arrived, b = c % 2; staged[b] likewise with the stagers.
 
+// The input of the first chunk must not queue behind the whole ring: some slots first, the
+// others when it has come.
+constexpr int EAGER_BYTES = 80 << 10;
+constexpr int EAGER = SLOTS_USED * SLOT_BYTES <= EAGER_BYTES ? SLOTS_USED
+                      : SLOT_BYTES >= EAGER_BYTES            ? 1
+                                                             : EAGER_BYTES / SLOT_BYTES;
+
 __device__ __forceinline__ void stage(const float* x, const u8* filter, u32 shared,
                                       const InputUnits& units, int thread) {
+  const u32 input = shared + SLOTS * SLOT_BYTES;
+  if (BORDER) {
+    for (int b = thread * 16; b < X_BUFFERS * X_BYTES; b += STAGING * 16)
+      store_shared4(input + b, make_uint4(0, 0, 0, 0));
+    sync_threads(1, STAGING);
+  }
+  if (!SETTLED) wait_for_earlier_kernels();
+  int fetched = 0;
 #pragma unroll 1
-  for (int i = 0; i < SLOTS && i < SLOTS_USED; ++i) fetch_filter(i, filter, shared, thread);
+  for (; fetched < EAGER && fetched < SLOTS; ++fetched)
+    fetch_filter(fetched, filter, shared, thread);
+  if (SETTLED) wait_for_earlier_kernels();
+  let_next_kernel_start();
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const int b = chunk % 2;
+    const u32 buffer = input + b * X_BYTES;
     float v[X_BATCH][QUAD_C];
     load_input(v, x, units, chunk, 0, thread);
-    if (chunk >= 2) {
-      barrier_wait(shared + DONE + 8 * b, chunk / 2 - 1 & 1);
-      // the slots of chunk - 2 are free
-#pragma unroll 1
-      for (int i = (chunk - 2) * ROW_GROUPS + SLOTS; i < (chunk - 1) * ROW_GROUPS + SLOTS; ++i)
-        if (i < SLOTS_USED) fetch_filter(i, filter, shared, thread);
-    }
-    const u32 buffer = shared + SLOTS * SLOT_BYTES + b * X_BYTES;
+    if (chunk >= 2) barrier_wait(shared + DONE + 8 * b, chunk / 2 - 1 & 1);
     store_input(v, buffer, units, 0);
 #pragma unroll
     for (int u = X_BATCH; u < X_UNITS; u += X_BATCH) {
@@ -397,34 +452,29 @@ __device__ __forceinline__ void stage(const float* x, const u8* filter, u32 shar
     fence_async();
 #endif
     barrier_arrive(shared + STAGED + 8 * b);
+    // the slots of chunk - 2 are free
+    const int room = SLOTS + (chunk >= 2 ? (chunk - 1) * ROW_GROUPS : 0);
+#pragma unroll 1
+    for (; fetched < room && fetched < SLOTS_USED; ++fetched)
+      fetch_filter(fetched, filter, shared, thread);
   }
 }
 
 __device__ __forceinline__ void multiply_all(Sums& sums, u32 shared) {
-  Sums total;  // "fp32" only
 #pragma unroll
-  for (int i = 0; i < SUM_TILES * TILE_SUMS; ++i)
-    sums.d[i / TILE_SUMS][i % TILE_SUMS] = total.d[i / TILE_SUMS][i % TILE_SUMS] = 0.f;
+  for (int i = 0; i < SUM_TILES * TILE_SUMS; ++i) sums.d[i / TILE_SUMS][i % TILE_SUMS] = 0.f;
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const int b = chunk % 2;
     barrier_wait(shared + STAGED + 8 * b, chunk / 2 & 1);
     multiply(sums, chunk, shared + SLOTS * SLOT_BYTES + b * X_BYTES, shared);
-    // wgmma runs on: the chunk before is complete once only this one is pending
+    // where wgmma runs on, the chunk before is complete once only this one is pending
     constexpr int BEHIND = WGMMA && PARTS == 1;
-    complete<BEHIND>(sums);
-    if (PARTS == 2) {
-#pragma unroll
-      for (int i = 0; i < SUM_TILES * TILE_SUMS; ++i) {
-        total.d[i / TILE_SUMS][i % TILE_SUMS] += sums.d[i / TILE_SUMS][i % TILE_SUMS];
-        sums.d[i / TILE_SUMS][i % TILE_SUMS] = 0.f;
-      }
-    }
+    if (BEHIND) complete<1>(sums);
     if (threadIdx.x % 32 == 0 && chunk >= BEHIND)
       barrier_arrive(shared + DONE + 8 * (BEHIND ? b ^ 1 : b));
   }
   complete<0>(sums);
-  if (PARTS == 2) sums = total;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
@@ -460,10 +510,8 @@ conv_block_forward(const float* x,       // [N][C][H][W]
     const int thread = threadIdx.x - MULTIPLIERS;
     const InputUnits units = input_units(images, tile_row * TP * STRIDE_H - PAD_H,
                                          tile_column * TQ * STRIDE_W - PAD_W, thread);
-    wait_for_earlier_kernels();
-    let_next_kernel_start();
-    stage(x + (long long)n0 * (C * H * W), filter + (long long)blockIdx.y * SLOTS_USED * SLOT_BYTES,
-          shared, units, thread);
+    stage(x + (long long)n0 * (C * H * W),
+          filter + (long long)blockIdx.y * SLOTS_USED * SLOT_BYTES, shared, units, thread);
   } else {
     wait_for_earlier_kernels();
     let_next_kernel_start();

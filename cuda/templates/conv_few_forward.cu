@@ -13,7 +13,7 @@
 // [part][c][XROWS][XPITCH]. A lane reads column word
 //   x[base of its window + position + offset of tap 8 step + t (+ 4)],
 // 32 bits at a time; neighbouring taps and windows overlap, so conflicts are rare. The filter
-// stays in registers where it fits, else in shared memory as [part][TK][F_PITCH]. "part": big
+// lies beside them as [part][TK][F_PITCH] and moves to registers where it fits. "part": big
 // and small halves in "fp32".
 // In "bf16" the operands stay tf32: with so few channels it costs nothing and errs less.
 //
@@ -40,11 +40,17 @@ constexpr int X_PART = C * XROWS * XPITCH;
 constexpr int F_PITCH = STEPS * 8 + 4;  // 4 mod 8: fragments are read without conflicts
 constexpr int F_PART = TK * F_PITCH;
 constexpr bool RESIDENT = STEPS * M_TILES * 4 * PARTS <= 64;
-static_assert(4 * PARTS * (X_PART + (RESIDENT ? 0 : F_PART)) <= SHARED_BYTES, "shared memory");
+static_assert(4 * PARTS * (X_PART + F_PART) <= SHARED_BYTES, "shared memory");
 static_assert(TK % 16 == 0, "whole fragments");
 
-__device__ __forceinline__ float filter_at(const float* filter, int k, int tap) {
-  return k < K && tap < TAPS ? filter[k * TAPS + tap] : 0.f;
+// elements that a thread brings at a time
+constexpr int X_BATCH = ceil_div(X_PART, THREADS) < 8 ? ceil_div(X_PART, THREADS) : 8;
+constexpr int F_ALL = TK * STEPS * 8;
+constexpr int F_BATCH = ceil_div(F_ALL, THREADS) < 8 ? ceil_div(F_ALL, THREADS) : 8;
+
+__device__ __forceinline__ void store_word(u32* to, int part_words, float v) {
+  to[0] = round_tf32(v);
+  if (PARTS == 2) to[part_words] = rest_tf32(v, to[0]);
 }
 // channel and tap of element e of fragment m of a step, in the tile
 __device__ __forceinline__ int fragment_k(int m, int e) {
@@ -52,6 +58,15 @@ __device__ __forceinline__ int fragment_k(int m, int e) {
 }
 __device__ __forceinline__ int fragment_tap(int step, int e) {
   return 8 * step + threadIdx.x % 4 + e / 2 * 4;
+}
+
+__device__ __forceinline__ void load_fragments(u32 (&a)[PARTS][M_TILES][4], const u32* fs,
+                                               int step) {
+#pragma unroll
+  for (int i = 0; i < PARTS * M_TILES * 4; ++i) {
+    const int part = i / (4 * M_TILES), m = i / 4 % M_TILES, e = i % 4;
+    a[part][m][e] = fs[part * F_PART + fragment_k(m, e) * F_PITCH + fragment_tap(step, e)];
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
@@ -76,13 +91,6 @@ conv_few_forward(
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
-  // all loads first: one round trip
-  float f[RESIDENT ? STEPS : 1][M_TILES][4];
-#pragma unroll
-  for (int i = 0; RESIDENT && i < STEPS * M_TILES * 4; ++i)
-    f[i / (4 * M_TILES)][i / 4 % M_TILES][i % 4] =
-        filter_at(filter, k0 + fragment_k(i / 4 % M_TILES, i % 4),
-                  fragment_tap(i / (4 * M_TILES), i % 4));
   float b[M_TILES][2];
 #pragma unroll
   for (int i = 0; i < 2 * M_TILES; ++i) {
@@ -94,13 +102,14 @@ conv_few_forward(
 #else
   const float* image = x + (long long)n * (C * H * W);
 #endif
-  constexpr int BATCH = ceil_div(X_PART, THREADS) < 8 ? ceil_div(X_PART, THREADS) : 8;
+  // the first batches of both are loaded before either is stored: one round trip
 #pragma unroll 1
-  for (int first = threadIdx.x; first < X_PART; first += BATCH * THREADS) {
-    float v[BATCH];
+  for (int first = 0; first * X_BATCH < X_PART || first * F_BATCH < F_ALL; first += THREADS) {
+    const int x_first = first * X_BATCH + threadIdx.x, f_first = first * F_BATCH + threadIdx.x;
+    float v[X_BATCH], f[F_BATCH];
 #pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      const int i = first + j * THREADS;
+    for (int j = 0; j < X_BATCH; ++j) {
+      const int i = x_first + j * THREADS;
       const int column = i % XPITCH, row = i / XPITCH % XROWS, c = i / (XPITCH * XROWS);
       const int h = row0 + row, w = column - PAD_W;
       const bool inside = i < X_PART && h >= 0 && h < H && w >= 0 && w < W;
@@ -111,20 +120,19 @@ conv_few_forward(
 #endif
     }
 #pragma unroll
-    for (int j = 0; j < BATCH; ++j) {
-      const int i = first + j * THREADS;
-      if (i >= X_PART) break;
-      shared[i] = round_tf32(v[j]);
-      if (PARTS == 2) shared[X_PART + i] = rest_tf32(v[j], round_tf32(v[j]));
+    for (int j = 0; j < F_BATCH; ++j) {
+      const int i = f_first + j * THREADS, tap = i % (STEPS * 8), k = k0 + i / (STEPS * 8);
+      f[j] = i < F_ALL && tap < TAPS && k < K ? filter[k * TAPS + tap] : 0.f;
     }
-  }
-  if (!RESIDENT) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < TK * STEPS * 8; i += THREADS) {
-      const int tap = i % (STEPS * 8), k = i / (STEPS * 8);
-      const float v = filter_at(filter, k0 + k, tap);
-      fs[k * F_PITCH + tap] = round_tf32(v);
-      if (PARTS == 2) fs[F_PART + k * F_PITCH + tap] = rest_tf32(v, round_tf32(v));
+#pragma unroll
+    for (int j = 0; j < X_BATCH; ++j) {
+      const int i = x_first + j * THREADS;
+      if (i < X_PART) store_word(shared + i, X_PART, v[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < F_BATCH; ++j) {
+      const int i = f_first + j * THREADS;
+      if (i < F_ALL) store_word(fs + i / (STEPS * 8) * F_PITCH + i % (STEPS * 8), F_PART, f[j]);
     }
   }
 #if GATHER
@@ -132,14 +140,6 @@ conv_few_forward(
     for (int i = tile * THREADS + threadIdx.x; i < C * H * W; i += ROW_TILES * THREADS)
       x_out[(long long)n * (C * H * W) + i] = image[i] * scale + shift;
 #endif
-  u32 resident[RESIDENT ? STEPS : 1][PARTS][M_TILES][4];
-#pragma unroll
-  for (int i = 0; RESIDENT && i < STEPS * M_TILES * 4; ++i) {
-    const int step = i / (4 * M_TILES), m = i / 4 % M_TILES, e = i % 4;
-    resident[step][0][m][e] = round_tf32(f[step][m][e]);
-    if (PARTS == 2)
-      resident[step][PARTS - 1][m][e] = rest_tf32(f[step][m][e], resident[step][0][m][e]);
-  }
   u32 offset[STEPS][2];  // bytes from a window's pixel to this lane's taps
 #pragma unroll
   for (int i = 0; i < 2 * STEPS; ++i) {
@@ -149,6 +149,9 @@ conv_few_forward(
   }
   const u32 x_base = shared_address(shared);
   __syncthreads();
+  u32 resident[RESIDENT ? STEPS : 1][PARTS][M_TILES][4];
+#pragma unroll
+  for (int step = 0; RESIDENT && step < STEPS; ++step) load_fragments(resident[step], fs, step);
 
 #pragma unroll 1
   for (int pass = threadIdx.x / 32; pass < PASSES; pass += WARPS) {
@@ -165,14 +168,9 @@ conv_few_forward(
       d[i / (4 * N_TILES)][i / 4 % N_TILES][i % 4] = 0.f;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      u32 a[PARTS][M_TILES][4];
-#pragma unroll
-      for (int i = 0; i < PARTS * M_TILES * 4; ++i) {
-        const int part = i / (4 * M_TILES), m = i / 4 % M_TILES, e = i % 4;
-        a[part][m][e] =
-            RESIDENT ? resident[RESIDENT ? step : 0][part][m][e]
-                     : fs[part * F_PART + fragment_k(m, e) * F_PITCH + fragment_tap(step, e)];
-      }
+      u32 fetched[PARTS][M_TILES][4];
+      if (!RESIDENT) load_fragments(fetched, fs, step);
+      const auto& a = RESIDENT ? resident[RESIDENT ? step : 0] : fetched;
 #pragma unroll
       for (int j = 0; j < N_TILES; ++j) {
         const int position = j % POSITIONS;

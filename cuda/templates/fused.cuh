@@ -178,29 +178,41 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
 
 // ---- thread-block clusters: before Hopper a block is alone, and its own cluster
 
-// *p = v in the shared memory of block `rank` of the cluster
-__device__ __forceinline__ void store_to_block(float* p, u32 rank, float v) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
-      ::"r"(shared_address(p)), "r"(rank), "f"(v)
-      : "memory");
-#else
-  *p = v;
-#endif
-}
+// Every block runs, and what it initialised before arriving is visible. Relaxed: the default
+// also waits for all stores to memory, which takes a microsecond.
 __device__ __forceinline__ void arrive_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void wait_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#else
-  __syncthreads();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+#if __CUDA_ARCH__ >= 900
+// *p = v in the shared memory of block `rank`; counts 4 bytes on its barrier
+__device__ __forceinline__ void send_to_block(u32 p, u32 barrier, u32 rank, float v) {
+  asm volatile(
+      "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 b, %1, %2;"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], %3, [b]; }"
+      ::"r"(p), "r"(barrier), "r"(rank), "r"(__float_as_uint(v))
+      : "memory");
+}
+// as barrier_wait, for what other blocks sent
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
+  u32 done;
+  do {
+    asm volatile(
+        "{ .reg .pred p;"
+        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+#endif
 
 // ---- programmatic dependent launch; without the launch attribute these do nothing
 

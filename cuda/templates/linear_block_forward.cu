@@ -108,6 +108,10 @@ linear_block_forward(const float* x,       // [N][I]
   const int n0 = blockIdx.x * ROWS, o0 = blockIdx.y * COLUMNS;
   wait_for_earlier_kernels();
   let_next_kernel_start();
+  // early, beside the operands: the column of this thread's sums is always the same
+  static_assert(32 * WARPS % COLUMNS == 0, "whole rows");
+  const int column = threadIdx.x % COLUMNS;
+  const float b = HAS_BIAS && o0 + column < O ? bias[o0 + column] : 0.f;
   float d[M_TILES][N_TILES][4] = {};
   multiply<M_TILES, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
                              O - o0);
@@ -115,12 +119,12 @@ linear_block_forward(const float* x,       // [N][I]
   __syncthreads();
 #pragma unroll
   for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 32 * WARPS) {
-    const int row = i / COLUMNS, column = i % COLUMNS;
+    const int row = i / COLUMNS;
     if (n0 + row >= N || o0 + column >= O) continue;
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += sums[(w * ROWS + row) * PITCH + column];
-    if (HAS_BIAS) sum += bias[o0 + column];
+    sum += b;
     y[(long long)(n0 + row) * O + o0 + column] = RELU && sum <= 0.f ? 0.f : sum;
   }
 }
@@ -158,37 +162,61 @@ head_forward(const float* x,       // [N][I]
              int N) {
   extern __shared__ __align__(16) float shared[];
   __shared__ float losses[WARPS], block_losses[CLUSTER];
+  __shared__ u64 come;
   float* sums = shared;                      // [WARPS][16][PITCH]
   float* logits = sums + WARPS * 16 * PITCH;  // [16][L_PITCH]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  arrive_cluster();  // a block's shared memory may be written once the block runs
+  if (CLUSTER > 1) {
+    if (threadIdx.x == 0) {
+      barrier_init(shared_address(&come), 1);
+      barrier_init_fence();
+    }
+    __syncwarp();
+    arrive_cluster();  // a block's shared memory may be written once the block runs
+  }
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
   float warp_loss = 0.f;
 #pragma unroll 1
   for (int n0 = blockIdx.x * 16; n0 < N; n0 += CLUSTER * 16) {
+    // early, beside the operands
+    int label[ceil_div(16, WARPS)];
+#pragma unroll
+    for (int r = 0; r < ceil_div(16, WARPS); ++r) {
+      const int row = r * WARPS + warp;
+      label[r] = row < 16 && n0 + row < N ? labels[n0 + row] : 0;
+    }
 #pragma unroll 1
     for (int o0 = 0; o0 < O; o0 += 8 * N_TILES) {
+      constexpr int COLUMNS = 8 * N_TILES;
+      constexpr int MINE = ceil_div(16 * COLUMNS, 32 * WARPS);
+      float b[MINE];
+#pragma unroll
+      for (int j = 0; j < MINE; ++j) {
+        const int o = o0 + (j * 32 * WARPS + threadIdx.x) % COLUMNS;
+        b[j] = HAS_BIAS && o < O ? bias[o] : 0.f;
+      }
       float d[1][N_TILES][4] = {};
       multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I, O - o0);
       store_sums<1, N_TILES, PITCH>(d, sums);
       __syncthreads();
 #pragma unroll
-      for (int i = threadIdx.x; i < 16 * 8 * N_TILES; i += 32 * WARPS) {
-        const int row = i / (8 * N_TILES), column = i % (8 * N_TILES);
+      for (int j = 0; j < MINE; ++j) {
+        const int i = j * 32 * WARPS + threadIdx.x, row = i / COLUMNS, column = i % COLUMNS;
+        if (row >= 16) break;
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) sum += sums[(w * 16 + row) * PITCH + column];
-        if (HAS_BIAS && o0 + column < O) sum += bias[o0 + column];
-        logits[row * L_PITCH + o0 + column] = sum;
+        logits[row * L_PITCH + o0 + column] = sum + b[j];
       }
       __syncthreads();
     }
-#pragma unroll 1
-    for (int row = warp; row < 16 && n0 + row < N; row += WARPS) {
+#pragma unroll
+    for (int r = 0; r < ceil_div(16, WARPS); ++r) {
+      const int row = r * WARPS + warp;
+      if (row >= 16 || n0 + row >= N) break;
       const float* z = logits + row * L_PITCH;
-      const int label = labels[n0 + row];
       float high = -__int_as_float(0x7f800000), sum = 0.f;
       for (int o = lane; o < O; o += 32) high = fmaxf(high, z[o]);
       high = warp_max(high);
@@ -199,29 +227,32 @@ head_forward(const float* x,       // [N][I]
         const long long out = (long long)(n0 + row) * O + o;
         const float log_prob = z[o] - high - log_sum;
         log_probs[out] = log_prob;
-        dlogits[out] = (expf(log_prob) - (o == label ? 1.f : 0.f)) * scale;
+        dlogits[out] = (expf(log_prob) - (o == label[r] ? 1.f : 0.f)) * scale;
       }
       // a label that is no class: never read there, and say so through the loss
-      warp_loss += label >= 0 && label < O ? high + log_sum - z[label]
-                                           : __int_as_float(0x7fffffff);
+      warp_loss += label[r] >= 0 && label[r] < O ? high + log_sum - z[label[r]]
+                                                 : __int_as_float(0x7fffffff);
     }
     __syncthreads();
   }
 
   if (lane == 0) losses[warp] = warp_loss;
   __syncthreads();
-  wait_cluster();
+  if (CLUSTER > 1) wait_cluster();
   if (threadIdx.x == 0) {
     float sum = 0.f;
     for (int w = 0; w < WARPS; ++w) sum += losses[w];
-    store_to_block(block_losses + blockIdx.x, 0, sum);
-  }
-  arrive_cluster();
-  wait_cluster();
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    float sum = 0.f;
-    for (int r = 0; r < CLUSTER; ++r) sum += block_losses[r];
-    loss[0] = sum / (float)N;
+#if CLUSTER > 1
+    const u32 barrier = shared_address(&come);
+    send_to_block(shared_address(block_losses + blockIdx.x), barrier, 0, sum);
+    if (blockIdx.x == 0) {
+      barrier_expect(barrier, 4 * CLUSTER);
+      barrier_wait_cluster(barrier, 0);
+      sum = 0.f;
+      for (int r = 0; r < CLUSTER; ++r) sum += block_losses[r];
+    }
+#endif
+    if (blockIdx.x == 0) loss[0] = sum / (float)N;
   }
 }
 #endif

@@ -117,10 +117,10 @@ def _shape_options(shape):
 # The general convolution: every tile that fits is priced in clocks and the cheapest taken.
 
 # Clocks of a multiprocessor for a 16 x 8 x 8 (words) product with mma.sync; Hopper's wgmma
-# needs 1. Bytes a clock from the L2 cache and from shared memory. Clocks to start a block,
-# and of a round trip to the L2 cache.
-_MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES, _SHARED_BYTES = 1.6, 1.0, 40, 128
-_START_CLOCKS, _TRIP_CLOCKS = 1500, 800
+# needs 1. Bytes a clock from the L2 cache and from shared memory. Clocks to start and end a
+# block, and of a round trip to the L2 cache.
+_MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES, _SHARED_BYTES = 1.7, 1.05, 40, 128
+_START_CLOCKS, _TRIP_CLOCKS = 2200, 800
 
 
 class Tile(NamedTuple):
@@ -182,12 +182,24 @@ def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq):
             yield 0, m, n, k
 
 
-def _staging(shape, tile_p, tile_q, images, cq, stagers, quad):
-    """(units a stager brings for a chunk, how many at a time)."""
+def _live(shape, tile_p, tile_q):
+    """Rows and columns of the input that a stager brings (the kernel's LIVE_...)."""
+    p, q = shape.pooled
     rows = (tile_p - 1) * shape.stride[0] + shape.R
     columns = (tile_q - 1) * shape.stride[1] + shape.S
-    units = ceil_div(cq * rows * columns * images, 32 * stagers)
-    return units, min(units, 48 // quad)
+    if tile_p >= p * shape.pool[0]:
+        rows = min(shape.H, rows - shape.padding[0])
+    if tile_q >= q * shape.pool[1]:
+        columns = min(shape.W, columns - shape.padding[1])
+    return rows, columns
+
+
+def _staging(shape, tile_p, tile_q, images, cq, stagers, quad):
+    """(units of a chunk, those that a stager brings, how many at a time)."""
+    rows, columns = _live(shape, tile_p, tile_q)
+    units = cq * rows * columns * images
+    mine = ceil_div(units, 32 * stagers)
+    return units, mine, min(mine, 48 // quad)
 
 
 def _price(shape, n, machine, tile, mode):
@@ -211,6 +223,8 @@ def _price(shape, n, machine, tile, mode):
     steps = tile.CQ // 2 * shape.R * shape.S  # of a chunk
     if tile.WGMMA:
         tensor = pixels // 16 * (tile.TK / 8) * products * _WGMMA_CLOCKS
+        if tile.WARPS_M * tile.WARPS_K * tile.BLOCKS_PER_SM == 4:
+            tensor *= 1.4  # a warpgroup alone does not keep the tensor cores busy
         reads = pixels // 64 * (64 + tile.TK) * 32 * products
     else:
         warps = tile.WARPS_M * tile.WARPS_N
@@ -220,10 +234,14 @@ def _price(shape, n, machine, tile, mode):
         tensor = warps * m * k * products * _MMA_CLOCKS * few
         reads = warps * 512 * (m + ceil_div(k, 2)) * parts
     multiply = max(steps * tensor, (steps * reads + 1.5 * loaded) / _SHARED_BYTES)
-    units, batch = _staging(
+    units, mine, batch = _staging(
         shape, tile.TP, tile.TQ, tile.IM, tile.CQ, tile.STAGERS, quad
     )
-    stage = units * (8 * quad + 10) + ceil_div(units, batch) * _TRIP_CLOCKS
+    stage = mine * (8 * quad + 10) + ceil_div(mine, batch) * _TRIP_CLOCKS
+    # a load of 32 lanes takes a clock for each line that it touches
+    lanes = min(_live(shape, tile.TP, tile.TQ)[1], 32)
+    lines = 32 / lanes if tile.IM > 1 or lanes < shape.W else 2
+    loads = units / 32 * (quad * lines + 4)
     threads = 32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS)
     outputs = pixels // positions * tile.TK / threads
     last = _TRIP_CLOCKS + outputs * (40 + 6 * positions * tile.WARPS_K) * threads / 128
@@ -231,8 +249,10 @@ def _price(shape, n, machine, tile, mode):
     def together(count):
         if not count:
             return 0
-        chunk = max(count * multiply, count * loaded / _L2_BYTES, stage) + 100
-        return _START_CLOCKS + stage + chunks * chunk + count * last
+        chunk = max(
+            count * multiply, count * loaded / _L2_BYTES, count * loads, stage
+        )
+        return _START_CLOCKS + stage + chunks * (chunk + 150) + count * last
 
     full, rest = divmod(blocks, machine.sm_count * tile.BLOCKS_PER_SM)
     return full * together(tile.BLOCKS_PER_SM) + together(
@@ -273,45 +293,47 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
     chunks, x_bytes, w_row = _geometry(shape, tile_p, tile_q, images, tk, cq, mode)
     quad, doubled = (8 if mode == 2 else 4), (2 if mode == 0 else 1)
     kept = min(chunks, 2)  # chunks of the filter and buffers of the input at least
+    # a slot is a filter row, or all of them where they are small
+    w_rows = shape.R if shape.R * w_row <= 12 << 10 else 1
+    groups = shape.R // w_rows
     for blocks in (1, 2):
         shared = min(most, total // blocks - 1) * 1024
-        for w_rows in {shape.R, 1}:
-            groups = shape.R // w_rows
-            room = (shared - kept * x_bytes - 4 * tk - 512) // (w_rows * w_row + 8)
-            slots = min(room, chunks * groups, 24)
-            if slots < kept * groups:
-                continue
-            for wgmma, m, n, k in _warp_layouts(
-                machine, pixels, images * tile_q, tile_p, tk, cq
-            ):
-                sums = pixels * tk // (32 * m * n)
-                if wgmma:
-                    multiplier = doubled * sums + 40
-                else:
-                    fragments = pixels // 16 // m + ceil_div(tk // 8 // n, 2)
-                    multiplier = doubled * (sums + 4 * fragments) + fragments + 36
-                for stagers in (4, 8):
-                    threads = 32 * (m * n * k + stagers)
-                    if threads > 512:
-                        continue
-                    units, batch = _staging(
-                        shape, tile_p, tile_q, images, cq, stagers, quad
+        room = (shared - kept * x_bytes - 4 * tk - 512) // (w_rows * w_row + 8)
+        slots = min(room, chunks * groups, 24)
+        if slots < kept * groups:
+            continue
+        for wgmma, m, n, k in _warp_layouts(
+            machine, pixels, images * tile_q, tile_p, tk, cq
+        ):
+            sums = pixels * tk // (32 * m * n)
+            if wgmma:
+                multiplier = doubled * sums + 40
+            else:
+                fragments = pixels // 16 // m + ceil_div(tk // 8 // n, 2)
+                multiplier = doubled * (sums + 4 * fragments) + fragments + 36
+            for stagers in (8, 4):
+                threads = 32 * (m * n * k + stagers)
+                _, mine, batch = _staging(
+                    shape, tile_p, tile_q, images, cq, stagers, quad
+                )
+                stager = 2 * mine + batch * quad + 28
+                registers = min(255, 65536 // (threads * blocks) // 8 * 8)
+                staging = slots * w_rows * w_row + kept * x_bytes
+                z_bytes = k * tk * (pixels + 4) * 4
+                needed = _round_up(max(staging, z_bytes), 16) + 4 * tk + 8 * slots + 32
+                if (
+                    threads <= 512
+                    and max(multiplier, stager) <= registers
+                    and needed <= shared
+                ):
+                    yield Tile(
+                        images, tile_p, tile_q, tk, cq, w_rows, slots,
+                        wgmma, m, n, k, stagers, blocks, needed,
                     )
-                    stager = 2 * units + batch * quad + 28
-                    registers = min(255, 65536 // (threads * blocks) // 8 * 8)
-                    if max(multiplier, stager) > registers:
-                        continue
-                    staging = slots * w_rows * w_row + kept * x_bytes
-                    z_bytes = k * tk * (pixels + 4) * 4
-                    needed = _round_up(max(staging, z_bytes), 16) + 4 * tk + 8 * slots + 32
-                    if needed <= shared:
-                        yield Tile(
-                            images, tile_p, tile_q, tk, cq, w_rows, slots,
-                            wgmma, m, n, k, stagers, blocks, needed,
-                        )
+                    break
 
 
-def block_plan(shape, tile, mode):
+def block_plan(shape, tile, mode, settled=False):
     """The plan for a layer and a tile."""
     quad = 8 if mode == 2 else 4
     p, q = shape.pooled
@@ -320,7 +342,7 @@ def block_plan(shape, tile, mode):
     units = channel_tiles * tile.TK * quads * shape.R * shape.S
     return Plan(
         "conv_block_forward",
-        (*_shape_options(shape), ("MODE", mode), *zip(Tile._fields, tile)),
+        (*_shape_options(shape), ("MODE", mode), ("SETTLED", settled), *zip(Tile._fields, tile)),
         bool(tile.WGMMA),
         32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS),
         tile.SHARED_BYTES,
@@ -346,14 +368,12 @@ def few_plan(shape, n, machine, mode, gather=False):
     groups = max(1, 4 // positions)
     channel_tiles = ceil_div(shape.K, 16 * m_tiles)
     steps = ceil_div(shape.C * shape.R * shape.S, 8)
-    resident = steps * m_tiles * 4 * parts <= 64
     for row_tiles in range(1, p + 1):
         rows = ceil_div(p, row_tiles)
         passes = ceil_div(rows * q, 8 * groups)
         x_rows = (rows * shape.pool[0] - 1) * shape.stride[0] + shape.R
         words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
-        if not resident:
-            words += 16 * m_tiles * (8 * steps + 4)
+        words += 16 * m_tiles * (8 * steps + 4)
         shared = 4 * parts * words
         enough = n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
         if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
