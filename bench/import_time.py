@@ -38,7 +38,7 @@ def seconds(statement, folder):
     done = subprocess.run(
         [sys.executable, "-c", _TIMER.format(statement)],
         env={**os.environ, "PYTHONPATH": folder},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )

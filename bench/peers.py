@@ -29,6 +29,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# Last, for a checkout in which cycnn was built in place and not installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 LR, ALPHA, EPS, DECAY, ACCUMULATOR = 0.003, 0.99, 1e-10, 1e-4, 1e-3
 BATCH = 128
 LEARNED = 0.97
@@ -50,7 +53,6 @@ def contestants(device, compile_too):
 
 
 def run_cycnn(kind, mode, options, arrays):
-    import_cycnn()
     import cycnn
     from cycnn import data, nn, optim
 
@@ -78,14 +80,6 @@ def run_cycnn(kind, mode, options, arrays):
         "seconds": history["seconds"][options.warmup :],
         "accuracy": trainer.evaluate(test)["accuracy"],
     }
-
-
-def import_cycnn():
-    """Find cycnn in the checkout where it is built in place and not installed."""
-    try:
-        import cycnn  # the import is the question
-    except ImportError:
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 # ---------------------------------------------------------------------------------
@@ -458,7 +452,6 @@ def main():
         work(options)
         return 0
 
-    import_cycnn()
     import numpy as np
     from cycnn import data
 

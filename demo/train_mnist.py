@@ -15,13 +15,16 @@ import statistics
 import sys
 from pathlib import Path
 
+# Last, for a checkout in which cycnn was built in place and not installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 try:
     import cycnn
-except ImportError:
-    # a checkout in which cycnn was built in place and not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cycnn
-from cycnn import data, nn, optim
+    from cycnn import data, nn, optim
+except ImportError as error:
+    if not (error.name or "").startswith("cycnn"):
+        raise
+    sys.exit("This checkout is not built yet: run `pip install .`, or "
+             "`python setup.py build_ext --inplace`, or `make demo` for everything.")
 
 
 def arguments(argv=None):
