@@ -29,6 +29,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# Last, for a checkout in which cycnn was built in place and not installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 LR, ALPHA, EPS, DECAY, ACCUMULATOR = 0.003, 0.99, 1e-10, 1e-4, 1e-3
 BATCH = 128
 LEARNED = 0.97
@@ -50,7 +53,6 @@ def contestants(device, compile_too):
 
 
 def run_cycnn(kind, mode, options, arrays):
-    import_cycnn()
     import cycnn
     from cycnn import data, nn, optim
 
@@ -78,14 +80,6 @@ def run_cycnn(kind, mode, options, arrays):
         "seconds": history["seconds"][options.warmup :],
         "accuracy": trainer.evaluate(test)["accuracy"],
     }
-
-
-def import_cycnn():
-    """Find cycnn in the checkout where it is built in place and not installed."""
-    try:
-        import cycnn  # the import is the question
-    except ImportError:
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 # ---------------------------------------------------------------------------------
@@ -317,10 +311,10 @@ def run_jax(kind, mode, options, arrays):
         state, total = train_epoch(state, key, train, labels)
         jax.block_until_ready((state, total))
         seconds.append(time.perf_counter() - start)
-    scores = jax.jit(log_probs)
+    scores, parts = jax.jit(log_probs), list(range(1000, len(test_labels), 1000))
     hits = sum(
-        int((scores(state[0], test[i : i + 1000]).argmax(1) == test_labels[i : i + 1000]).sum())
-        for i in range(0, len(test_labels), 1000)
+        int((scores(state[0], x).argmax(1) == y).sum())
+        for x, y in zip(jnp.split(test, parts), jnp.split(test_labels, parts))
     )
     return {
         "version": jax.__version__,
@@ -392,13 +386,17 @@ def machine(options):
         "python": platform.python_version(),
     }
     if options.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        found["device"], found["driver"] = answer.splitlines()[0].split(", ")
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found["device"], found["driver"] = answer.stdout.splitlines()[0].split(", ")
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
-        found["device"] = names[0] if names else platform.machine()
+        names = [line.split(":", 1)[1] for line in lines if "model name" in line]
+        found["device"] = names[0].strip() if names else platform.machine()
         found["threads"] = options.threads
     return found
 
@@ -454,7 +452,6 @@ def main():
         work(options)
         return 0
 
-    import_cycnn()
     import numpy as np
     from cycnn import data
 

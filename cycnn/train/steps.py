@@ -159,7 +159,11 @@ class CapturedSteps(Steps):
         held = self.loader.resident()
         index = self.index[:count]
         ops.begin_step(
-            self.order, self.position, index, self.rates, self.trainer.optimizer.lr_tensor
+            self.order,
+            self.position,
+            index,
+            self.rates,
+            self.trainer.optimizer.lr_tensor,
         )
         images = ops.gather_images(held.images, index, dataset.scale, dataset.shift)
         self._train(images, ops.gather_labels(held.labels, index))
