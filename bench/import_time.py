@@ -38,6 +38,7 @@ def seconds(statement, folder):
     done = subprocess.run(
         [sys.executable, "-c", _TIMER.format(statement)],
         env={**os.environ, "PYTHONPATH": folder},
+        cwd=folder,  # not a checkout, which would hide the installed package
         stdout=subprocess.PIPE,
         text=True,
         check=True,
