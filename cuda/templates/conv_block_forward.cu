@@ -79,7 +79,7 @@ constexpr int X_BUFFERS = CHUNKS > 1 ? 2 : 1;
 // only the live rows and columns are brought.
 constexpr int ROW0 = ROW_TILES == 1 ? PAD_H : 0,
               COLUMN0 = COLUMN_TILES == 1 ? PAD_W : 0;
-constexpr int live(int extent, int all, int first) {
+__host__ __device__ constexpr int live(int extent, int all, int first) {
   return first + extent < all ? extent : all - first;
 }
 constexpr int LIVE_ROWS = ROW_TILES == 1 ? live(H, XROWS, ROW0) : XROWS;

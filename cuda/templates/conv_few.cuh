@@ -50,7 +50,7 @@ struct Few : L {
   static constexpr bool resident = steps * L::m_tiles * 4 * parts <= 64;
 
   // elements that a thread brings at a time
-  static constexpr int batch(int all) {
+  static __host__ __device__ constexpr int batch(int all) {
     return ceil_div(all, L::threads) < 8 ? ceil_div(all, L::threads) : 8;
   }
   static constexpr int f_all = 16 * L::m_tiles * steps * 8;

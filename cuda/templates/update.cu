@@ -1,0 +1,180 @@
+// Sums of partial gradients, alone or with the optimizer's update of all parameters.
+//
+// A gradient of n numbers comes in `splits` partials, one after the other:
+//   grad[i] = partials[0][i] + partials[1][i] + ...     in an order that depends on nothing
+// but `splits`, so equal input gives equal bits.
+//
+// A block of 256 threads makes 1024 / GROUPS neighbouring numbers: thread i % (256 / GROUPS)
+// has 4 of them, and its group adds the partials group, group + GROUPS, ...; then the groups
+// are added in order. GROUPS (1, 2, 4 or 8) grows with splits and keeps loads in flight.
+//
+// The update takes a table of all parameters of a slab (see Entry). The arithmetic of a
+// step is that of cuda/optim.cu:
+//   g = grad + weight_decay * param
+//   RMSprop  v = alpha * v + (1 - alpha) * g * g;  u = g / (sqrt(v) + eps)
+//            momentum: b = momentum * b + u;  u = b          param -= lr * u
+//   SGD      momentum: b = momentum * b + g;  g = nesterov ? g + momentum * b : b
+//            param -= lr * g
+#include "fused.cuh"
+
+constexpr int THREADS = 256;
+
+// A parameter: where it lies in the slabs, and where its partials are. 40 bytes, written by
+// the host as five 64-bit integers.
+struct Entry {
+  long long offset;       // of its first number in the slabs, a multiple of 4
+  long long count;        // numbers
+  const float* partials;  // (splits, count)
+  long long splits;
+  long long first_block;  // blocks of a parameter are neighbours
+};
+
+__host__ __device__ constexpr int groups_of(long long splits) {
+  return splits >= 32 ? 8 : splits >= 8 ? 4 : splits >= 4 ? 2 : 1;
+}
+
+// Numbers at .. at+3 of a row of `count`; the slow way at its end, or where rows of `count`
+// numbers do not all start at 16 bytes.
+__device__ __forceinline__ float4 load4(const float* from, long long at, long long count,
+                                        bool aligned) {
+  if (aligned && at + 4 <= count) return *(const float4*)(from + at);
+  float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (at < count) v.x = from[at];
+  if (at + 1 < count) v.y = from[at + 1];
+  if (at + 2 < count) v.z = from[at + 2];
+  if (at + 3 < count) v.w = from[at + 3];
+  return v;
+}
+__device__ __forceinline__ void store4(float* to, long long at, long long count, float4 v) {
+  if (at + 4 <= count) {
+    *(float4*)(to + at) = v;
+    return;
+  }
+  if (at < count) to[at] = v.x;
+  if (at + 1 < count) to[at + 1] = v.y;
+  if (at + 2 < count) to[at + 2] = v.z;
+}
+__device__ __forceinline__ float4 plus(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// The gradient of this thread's numbers at .. at+3, in the threads of the first group.
+__device__ __forceinline__ float4 sum_partials(const float* __restrict__ partials,
+                                               long long splits, long long count, long long at,
+                                               int groups) {
+  __shared__ float4 of_group[THREADS];
+  const int members = THREADS / groups, group = threadIdx.x / members;
+  const bool aligned = count % 4 == 0;
+  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+  for (long long split = group; split < splits; split += groups)
+    sum = plus(sum, load4(partials + split * count, at, count, aligned));
+  if (groups == 1) return sum;
+  of_group[threadIdx.x] = sum;
+  __syncthreads();
+  if (group == 0)
+    for (int other = 1; other < groups; ++other)
+      sum = plus(sum, of_group[threadIdx.x + other * members]);
+  return sum;
+}
+
+// The gradients of a layer, weight (n) and bias (m, may be 0), from their partials
+// (splits, n) and (splits, m). Grid: ceil(n / (1024 / groups)) + ceil(m / (1024 / groups)).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    reduce_partials(const float* __restrict__ weight_partials, float* __restrict__ dweight, int n,
+                    const float* __restrict__ bias_partials, float* __restrict__ dbias, int m,
+                    int splits) {
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  const int groups = groups_of(splits), members = THREADS / groups;
+  const int weight_blocks = ceil_div(n, 4 * members);
+  const bool bias = blockIdx.x >= weight_blocks;
+  const int block = bias ? blockIdx.x - weight_blocks : blockIdx.x, count = bias ? m : n;
+  const long long at = ((long long)block * members + threadIdx.x % members) * 4;
+  const float4 sum =
+      sum_partials(bias ? bias_partials : weight_partials, splits, count, at, groups);
+  if (threadIdx.x < members) store4(bias ? dbias : dweight, at, count, sum);
+}
+
+struct RMSprop {
+  float alpha, eps, weight_decay, momentum;
+
+  __device__ __forceinline__ void step(float& param, float grad, float& square, float& buffer,
+                                       float lr) const {
+    const float g = grad + weight_decay * param;
+    square = alpha * square + (1.0f - alpha) * g * g;
+    float u = g / (sqrtf(square) + eps);
+    if (momentum != 0.0f) u = buffer = momentum * buffer + u;
+    param -= lr * u;
+  }
+};
+
+struct SGD {
+  float weight_decay, momentum;
+  bool nesterov;
+
+  __device__ __forceinline__ void step(float& param, float grad, float&, float& buffer,
+                                       float lr) const {
+    float g = grad + weight_decay * param;
+    if (momentum != 0.0f) {
+      buffer = momentum * buffer + g;
+      g = nesterov ? g + momentum * buffer : buffer;
+    }
+    param -= lr * g;
+  }
+};
+
+// Slabs that a rule has no use for are null; grads too if nobody wants to see gradients.
+template <class Rule>
+__device__ __forceinline__ void update(const Entry* __restrict__ table, int entries,
+                                       float* __restrict__ params, float* __restrict__ grads,
+                                       float* __restrict__ squares, float* __restrict__ buffers,
+                                       const float* __restrict__ lr, const Rule& rule) {
+  // all threads look for the entry of this block at once
+  int before = 0;
+  for (int first = 0; first < entries; first += THREADS) {
+    const int i = first + threadIdx.x;
+    before += __syncthreads_count(i < entries && table[i].first_block <= blockIdx.x);
+  }
+  const Entry entry = table[before - 1];
+  const int groups = groups_of(entry.splits), members = THREADS / groups;
+  const long long at =
+      ((blockIdx.x - entry.first_block) * members + threadIdx.x % members) * 4;
+  const bool owner = threadIdx.x < members && at < entry.count;
+  // what earlier kernels of the step do not write is fetched before waiting for them
+  float4 param, square, buffer;
+  param = square = buffer = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (owner) {
+    param = load4(params + entry.offset, at, entry.count, true);
+    if (squares) square = load4(squares + entry.offset, at, entry.count, true);
+    if (buffers) buffer = load4(buffers + entry.offset, at, entry.count, true);
+  }
+  wait_for_earlier_kernels();
+  const float rate = *lr;
+  const float4 grad = sum_partials(entry.partials, entry.splits, entry.count, at, groups);
+  if (!owner) return;
+  rule.step(param.x, grad.x, square.x, buffer.x, rate);
+  rule.step(param.y, grad.y, square.y, buffer.y, rate);
+  rule.step(param.z, grad.z, square.z, buffer.z, rate);
+  rule.step(param.w, grad.w, square.w, buffer.w, rate);
+  store4(params + entry.offset, at, entry.count, param);
+  if (grads) store4(grads + entry.offset, at, entry.count, grad);
+  if (squares) store4(squares + entry.offset, at, entry.count, square);
+  if (buffers) store4(buffers + entry.offset, at, entry.count, buffer);
+}
+
+// Grid: the sum over the table of ceil(count / (1024 / groups)). lr: one number on the device.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    update_rmsprop(const Entry* table, int entries, float* params, float* grads, float* squares,
+                   float* buffers, const float* lr, float alpha, float eps, float weight_decay,
+                   float momentum) {
+  update(table, entries, params, grads, squares, buffers, lr,
+         RMSprop{alpha, eps, weight_decay, momentum});
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    update_sgd(const Entry* table, int entries, float* params, float* grads, float* buffers,
+               const float* lr, float weight_decay, float momentum, int nesterov) {
+  update(table, entries, params, grads, nullptr, buffers, lr,
+         SGD{weight_decay, momentum, nesterov != 0});
+}

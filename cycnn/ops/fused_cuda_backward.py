@@ -1,0 +1,453 @@
+"""Fused backward operations on a GPU: launches of ``cuda/templates/*_backward.cu``.
+
+Weight gradients are made in parts, each from some of the pixels or images of the batch.
+The ``..._partials`` functions return the parts as they are, for an update that adds them
+itself (:class:`Updater`); the others add them and write dweight and dbias.
+
+:mod:`cycnn.ops.conv_backward_plan` says how a convolution is cut into blocks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import shapes
+from ..gpu import device as gpu_device
+from ..gpu.launch import Kernel
+from ..precision import get_precision
+from ..shapes import ceil_div
+from ..tensor import Tensor, empty_on_gpu
+from . import conv_backward_plan
+from .conv_backward_plan import THREADS
+
+_FLOAT32, _INT32 = np.dtype("float32"), np.dtype("int32")
+_MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
+_get = gpu_device.get
+
+
+class Partials(NamedTuple):
+    """Weight and bias gradients in parts, to be added along the first axis."""
+
+    weight: Tensor  # (splits, *shape of weight)
+    bias: Tensor | None  # (splits, number of outputs)
+
+    @property
+    def splits(self) -> int:
+        return self.weight.shape[0]
+
+
+def _capable(index) -> bool:
+    arch = _get(index).arch  # "sm_90"
+    return int(arch[3:-1]) >= 8
+
+
+def _unsupported(what, *given):
+    return NotImplementedError(
+        f"no fused kernel for the backward of {what} {', '.join(map(str, given))} on "
+        f"this GPU: use the unfused layers"
+    )
+
+
+# Sums of partials
+
+
+def _groups(splits: int) -> int:
+    """Threads that share a sum; the kernels' ``groups_of``."""
+    return 8 if splits >= 32 else 4 if splits >= 8 else 2 if splits >= 4 else 1
+
+
+def _sum_blocks(count: int, splits: int) -> int:
+    return ceil_div(count, 4 * THREADS // _groups(splits))
+
+
+_reduce = Kernel("update", "reduce_partials", "PPiPPii")
+
+
+def reduce_partials(partials: Partials, dweight, dbias) -> None:
+    """Add partial gradients, in the same order whenever there are as many.
+
+    Parameters
+    ----------
+    partials : Partials
+    dweight : Tensor
+        Written.
+    dbias : Tensor or None
+        Written.
+    """
+    splits = partials.splits
+    n, m = dweight.size, 0 if dbias is None else dbias.size
+    grid = _sum_blocks(n, splits) + _sum_blocks(m, splits)
+    _reduce(
+        _get(dweight.device.index).compute, grid, THREADS, partials.weight, dweight, n,
+        partials.bias, dbias, m, splits, dependent=True,
+    )  # fmt: skip
+
+
+def _allocate(splits, weight, dweight, dbias) -> Partials:
+    """Room for the parts; the gradients themselves where there is one part."""
+    device = weight.device
+    if splits == 1 and dweight is not None:
+        one = (1, *weight.shape)
+        return Partials(
+            dweight.reshape(*one), None if dbias is None else dbias.reshape(1, dbias.size)
+        )
+    return Partials(
+        empty_on_gpu((splits, *weight.shape), _FLOAT32, device),
+        empty_on_gpu((splits, weight.shape[0]), _FLOAT32, device),
+    )
+
+
+def _finish(partials, dweight, dbias) -> None:
+    if partials is None:  # an empty batch
+        dweight.fill_(0.0)
+        if dbias is not None:
+            dbias.fill_(0.0)
+    elif partials.splits > 1:
+        reduce_partials(partials, dweight, dbias)
+
+
+# Convolution block
+
+
+class _Conv(NamedTuple):
+    y_shape: tuple
+    plan: conv_backward_plan.Plan
+    kernel: Kernel
+
+
+@lru_cache(512)
+def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision):
+    n, k, p, q = shapes.conv2d_output_shape(x_shape, w_shape, stride, padding)
+    y_shape = (n, k, p, q)
+    if pool is not None:
+        y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
+    shape = conv_backward_plan.Shape(
+        *x_shape[1:], k, w_shape[2:], stride, padding, pool or (0, 0), relu
+    )
+    plan = conv_backward_plan.plan(shape, precision, need_dx)
+    return _Conv(y_shape, plan, _conv_kernel(plan))
+
+
+@lru_cache(None)
+def _conv_kernel(plan):
+    return Kernel("conv_block_backward", "conv_block_backward", "PPPPPPPPiii", plan.options)
+
+
+def conv_block_backward_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
+    """Whether :func:`conv_block_backward` can do it on GPU ``index``, in any precision.
+
+    It asks for compute capability 8.0 or later and for tiles that fit shared memory.
+    Dilation, groups and overlapping windows are for the unfused operations.
+    """
+    if not _capable(index):
+        return False
+    try:
+        for precision in _MODES:
+            _conv(x_shape, w_shape, True, pool, stride, padding, True, precision)
+    except conv_backward_plan.NoPlan:
+        return False
+    return True
+
+
+def _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made):
+    shapes.check_same(y=made.y_shape, dy=dy.shape)
+    if pool is not None:
+        shapes.check_same(y=made.y_shape, code=code.shape)
+    elif relu:
+        shapes.check_same(**{"x * weight": made.y_shape, "y": y.shape})
+    if dweight is not None:
+        shapes.check_same(weight=weight.shape, dweight=dweight.shape)
+    if dbias is not None:
+        shapes.check_same(**{"weight[:, 0, 0, 0]": weight.shape[:1], "dbias": dbias.shape})
+
+
+def _run_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx):
+    device = x.device
+    if not _capable(device.index):
+        raise _unsupported("a convolution of", x.shape, weight.shape)
+    try:
+        made = _conv(
+            x.shape, weight.shape, relu, pool, stride, padding, need_dx, get_precision()
+        )
+    except conv_backward_plan.NoPlan:
+        raise _unsupported("a convolution of", x.shape, weight.shape) from None
+    _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made)
+    dx = empty_on_gpu(x.shape, _FLOAT32, device) if need_dx else None
+    n = x.shape[0]
+    if not n:
+        return dx, None
+    plan = made.plan
+    gpu = _get(device.index)
+    splits, stages = plan.splits(n, gpu.sm_count)
+    partials = _allocate(splits, weight, dweight, dbias)
+    weight_blocks = plan.weight_tiles * splits
+    made.kernel(
+        gpu.compute, weight_blocks + plan.data_blocks(n), THREADS, dy,
+        y if relu and pool is None else None, code, x, weight, dx, partials.weight,
+        partials.bias, n, weight_blocks, stages, shared=plan.shared, dependent=True,
+    )  # fmt: skip
+    return dx, partials
+
+
+def conv_block_backward(
+    dy, y, code, x, weight, dweight, dbias, relu, pool, stride=(1, 1), padding=(0, 0),
+    need_dx=True,
+):  # fmt: skip
+    """The backward of :func:`cycnn.ops.fused_cuda_forward.conv_block_forward`.
+
+    Parameters
+    ----------
+    dy : Tensor, the shape of y
+    y : Tensor (N, K, P, Q) or None
+        Output of the forward; needed with ``relu`` and no ``pool``.
+    code : uint8 Tensor or None
+        The forward's; needed with ``pool``.
+    x : Tensor (N, C, H, W)
+    weight : Tensor (K, C, R, S)
+    dweight : Tensor (K, C, R, S)
+        Written.
+    dbias : Tensor (K,) or None
+        Written.
+    relu, pool, stride, padding
+        As in the forward.
+    need_dx : bool
+
+    Returns
+    -------
+    Tensor (N, C, H, W), or None without ``need_dx``
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_block_backward_supported` says no.
+    """
+    dx, partials = _run_conv(
+        dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
+    )
+    _finish(partials, dweight, dbias)
+    return dx
+
+
+def conv_block_backward_partials(
+    dy, y, code, x, weight, relu, pool, stride=(1, 1), padding=(0, 0), need_dx=True
+):
+    """:func:`conv_block_backward`, but the weight gradient stays in parts.
+
+    Returns
+    -------
+    dx : Tensor or None
+    partials : Partials, or None for an empty batch
+    """
+    return _run_conv(
+        dy, y, code, x, weight, None, None, relu, pool, stride, padding, need_dx
+    )
+
+
+# Linear block
+
+
+class _Linear(NamedTuple):
+    kernel: Kernel
+    shared: int
+    weight_tile: tuple  # outputs and inputs of a block
+    data_tile: tuple  # images and inputs of a block
+    depth: int  # images of a stage of the weight gradient
+
+
+def _stride(size, residue):
+    return size + (residue - size) % 32
+
+
+@lru_cache(512)
+def _linear(n, inputs, outputs, relu, precision, processors):
+    """Tiles for a batch of about n: as large as keeps every multiprocessor busy."""
+    pairs = 2 if precision == "bf16" else 1
+    words = 64
+
+    def tile(rows):
+        for warps, m, k in ((2, 2, 2), (2, 1, 2), (2, 1, 1), (1, 1, 1)):
+            size = 16 * m * warps, 8 * k * (8 // warps)
+            if ceil_div(rows, size[0]) * ceil_div(inputs, size[1]) >= processors // 3:
+                break
+        return (warps, m, k), size
+
+    (dw, dw_size), (dx, dx_size) = tile(outputs), tile(n)
+    if max(dw_size + dx_size) <= 64:
+        words = 128 // pairs
+    weight_words = words * (_stride(dw_size[0], 8) + _stride(dw_size[1], 8))
+    data_words = dx_size[0] * _stride(words, 4) + words * _stride(dx_size[1], 8)
+    shared = 4 * max(weight_words, data_words)
+    macros = {
+        "MODE": _MODES[precision], "I": inputs, "O": outputs, "RELU": int(relu),
+        "WORDS": words, "SHARED": shared,
+        "DW_WM": dw[0], "DW_MT": dw[1], "DW_NT": dw[2],
+        "DX_WM": dx[0], "DX_MT": dx[1], "DX_NT": dx[2],
+    }  # fmt: skip
+    kernel = Kernel(
+        "linear_block_backward", "linear_block_backward", "PPPPPPPiii",
+        tuple(f"-D{name}={value}" for name, value in macros.items()),
+    )  # fmt: skip
+    return _Linear(kernel, shared, dw_size, dx_size, words * pairs)
+
+
+def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
+    device = x.device
+    if not _capable(device.index):
+        raise _unsupported("a linear layer of", x.shape, weight.shape)
+    y_shape = n, outputs = shapes.linear_output_shape(x.shape, weight.shape)
+    shapes.check_same(y=y_shape, dy=dy.shape)
+    if relu:
+        shapes.check_same(**{"x weight^T": y_shape, "y": y.shape})
+    if dweight is not None:
+        shapes.check_linear_backward(
+            dy.shape, x.shape, weight.shape, dweight.shape,
+            None if dbias is None else dbias.shape,
+        )  # fmt: skip
+    dx = empty_on_gpu(x.shape, _FLOAT32, device) if need_dx else None
+    if not n:
+        return dx, None
+    gpu = _get(device.index)
+    inputs = x.shape[1]
+    # tiles are chosen for a power of two, so that a smaller last batch needs no others
+    made = _linear(
+        1 << (n - 1).bit_length(), inputs, outputs, relu, get_precision(), gpu.sm_count
+    )
+    tiles = ceil_div(outputs, made.weight_tile[0]) * ceil_div(inputs, made.weight_tile[1])
+    stages = ceil_div(n, made.depth)
+    splits = min(stages, max(1, gpu.sm_count // tiles))
+    images = ceil_div(stages, splits) * made.depth
+    splits = ceil_div(n, images)
+    partials = _allocate(splits, weight, dweight, dbias)
+    blocks = tiles * splits
+    grid = blocks
+    if need_dx:
+        grid += ceil_div(n, made.data_tile[0]) * ceil_div(inputs, made.data_tile[1])
+    made.kernel(
+        gpu.compute, grid, THREADS, dy, y if relu else None, x, weight, dx,
+        partials.weight, partials.bias, n, blocks, images, shared=made.shared,
+        dependent=True,
+    )  # fmt: skip
+    return dx, partials
+
+
+def linear_block_backward(dy, y, x, weight, dweight, dbias, relu, need_dx=True):
+    """The backward of :func:`cycnn.ops.fused_cuda_forward.linear_block_forward`.
+
+    Parameters
+    ----------
+    dy : Tensor (N, O)
+    y : Tensor (N, O) or None
+        Output of the forward; needed with ``relu``.
+    x : Tensor (N, I)
+    weight : Tensor (O, I)
+    dweight : Tensor (O, I)
+        Written.
+    dbias : Tensor (O,) or None
+        Written.
+    relu, need_dx : bool
+
+    Returns
+    -------
+    Tensor (N, I), or None without ``need_dx``
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        Before compute capability 8.0.
+    """
+    dx, partials = _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx)
+    _finish(partials, dweight, dbias)
+    return dx
+
+
+def linear_block_backward_partials(dy, y, x, weight, relu, need_dx=True):
+    """:func:`linear_block_backward`, but the weight gradient stays in parts.
+
+    Returns
+    -------
+    dx : Tensor or None
+    partials : Partials, or None for an empty batch
+    """
+    return _run_linear(dy, y, x, weight, None, None, relu, need_dx)
+
+
+def head_backward(dlogits, x, weight, dweight, dbias, need_dx=True):
+    """The backward of :func:`cycnn.ops.fused_cuda_forward.head_forward`.
+
+    Its forward made dlogits already, so a linear layer is left;
+    see :func:`linear_block_backward`.
+    """
+    return linear_block_backward(dlogits, None, x, weight, dweight, dbias, False, need_dx)
+
+
+def head_backward_partials(dlogits, x, weight, need_dx=True):
+    """:func:`head_backward`, but the weight gradient stays in parts."""
+    return linear_block_backward_partials(dlogits, None, x, weight, False, need_dx)
+
+
+# Update
+
+
+class Updater:
+    """Sums of partial gradients and the optimizer's step, for a slab in one launch.
+
+    Parameters
+    ----------
+    entries : sequence of (int, Tensor)
+        For each parameter the offset of its first number in the slabs, a multiple of 4,
+        and its partial gradients (splits, *shape), which must stay where they are as
+        long as this object is used.
+    """
+
+    _rmsprop = Kernel("update", "update_rmsprop", "PiPPPPPffff")
+    _sgd = Kernel("update", "update_sgd", "PiPPPPffi")
+
+    def __init__(self, entries):
+        rows, first = [], 0
+        self._partials = [partials for _, partials in entries]
+        for offset, partials in entries:
+            splits = partials.shape[0]
+            count = partials.size // splits
+            rows.append((offset, count, partials.ptr, splits, first))
+            first += _sum_blocks(count, splits)
+        self._entries, self._blocks = len(rows), first
+        table = np.array(rows, np.int64).view(np.int32)
+        self._device = self._partials[0].device
+        self._table = Tensor(table, self._device)
+
+    def rmsprop(
+        self, params, grads, squares, buffers, lr, alpha, eps, weight_decay, momentum
+    ):
+        """One step of RMSprop, as ``ops.rmsprop_step`` does it.
+
+        Parameters
+        ----------
+        params, squares : Tensor
+            The slabs of parameters and of mean squares; updated.
+        grads : Tensor or None
+            Where the gradients are written, if anybody wants to see them.
+        buffers : Tensor or None
+            The momentum, needed when ``momentum`` is not 0; updated.
+        lr : Tensor of shape ()
+        alpha, eps, weight_decay, momentum : float
+        """
+        self._rmsprop(
+            _get(self._device.index).compute, self._blocks, THREADS, self._table,
+            self._entries, params, grads, squares, buffers, lr, alpha, eps, weight_decay,
+            momentum, dependent=True,
+        )  # fmt: skip
+
+    def sgd(self, params, grads, buffers, lr, momentum, weight_decay, nesterov):
+        """One step of gradient descent, as ``ops.sgd_step`` does it; see :meth:`rmsprop`."""
+        self._sgd(
+            _get(self._device.index).compute, self._blocks, THREADS, self._table,
+            self._entries, params, grads, buffers, lr, weight_decay, momentum,
+            int(nesterov), dependent=True,
+        )  # fmt: skip
