@@ -524,15 +524,16 @@ def _best_tile(shape, n, machine, mode):
 
 
 @lru_cache(None)
-def conv_plan(shape, n, machine, mode, settled=False):
+def conv_plan(shape, n, machine, mode, settled=False, gather=False):
     """The plan for a layer and a batch of up to ``n``; None where there is none.
 
     ``settled``: its packed filter was complete before the kernel ahead of it started.
+    ``gather``: its input is a :class:`Gather`, for which there are only first layers.
     """
     if min(shape.pooled) < 1 or machine.capability < (8, 0):
         return None
-    plan = few_plan(shape, n, machine, mode)
-    if plan is not None:
+    plan = few_plan(shape, n, machine, mode, gather)
+    if plan is not None or gather:
         return plan
     # one tile for all layers of this shape, so that they share a packed filter
     tile = _best_tile(shape._replace(relu=True, bias=True, code=True), n, machine, mode)
@@ -675,20 +676,22 @@ def _conv_shape(x_shape, w_shape, bias_shape, relu, pool, stride, padding):
 
 
 @lru_cache(512)
-def _conv(
-    x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision, settled
-):
-    """(shape of y, kernels or None) of a convolution block."""
-    shape, y_shape = _conv_shape(
-        x_shape, w_shape, bias_shape, relu, pool, stride, padding
-    )
+def _conv(x_shape, block, index, precision, settled=False, gather=False):
+    """(shape of y, kernels or None) of a convolution block.
+
+    ``block``: shape of the weight, of the bias or None, relu, pool, stride, padding.
+    """
+    shape, y_shape = _conv_shape(x_shape, *block)
     plan = conv_plan(
-        shape, _batch(x_shape[0]), _machine(index), _MODES[precision], settled
+        shape, _batch(x_shape[0]), _machine(index), _MODES[precision], settled, gather
     )
     if plan is None:
         return y_shape, None
-    few = plan.library == "conv_few_forward"
-    return y_shape, _kernels(plan, plan.library, "PPPPP" if few else "PPPPPi")
+    if plan.library == "conv_few_forward":
+        signature = ("PPffP" if gather else "P") + "PPPP"
+    else:
+        signature = "PPPPPi"
+    return y_shape, _kernels(plan, plan.library, signature)
 
 
 def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
@@ -698,12 +701,8 @@ def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool
     fits its shared memory. Dilation, groups and overlapping windows are for the unfused
     operations.
     """
-    return all(
-        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, mode, False)[
-            1
-        ]
-        for mode in _MODES
-    )
+    block = w_shape, None, True, pool, stride, padding
+    return all(_conv(x_shape, block, index, mode)[1] for mode in _MODES)
 
 
 def _unsupported(what, *given):
@@ -738,18 +737,8 @@ def pack_filter(weight, x_shape, pool, stride=(1, 1), padding=(0, 0)):
     Tensor or None
         None where the kernel takes the filter as it is.
     """
-    _, kernels = _conv(
-        x_shape,
-        weight.shape,
-        None,
-        True,
-        pool,
-        stride,
-        padding,
-        weight.device.index,
-        get_precision(),
-        True,
-    )
+    block = weight.shape, None, True, pool, stride, padding
+    _, kernels = _conv(x_shape, block, weight.device.index, get_precision(), True)
     if kernels is None:
         raise _unsupported("a convolution of", x_shape, weight.shape)
     return None if kernels.pack is None else _pack(kernels, weight)
@@ -762,7 +751,7 @@ def conv_block_forward(
 
     Parameters
     ----------
-    x : Tensor (N, C, H, W)
+    x : Tensor (N, C, H, W), or Gather where C is at most 4
     weight : Tensor (K, C, R, S)
     bias : Tensor (K,) or None
     relu : bool
@@ -788,18 +777,12 @@ def conv_block_forward(
     NotImplementedError
         If :func:`conv_block_supported` says no.
     """
-    device = x.device
+    device = weight.device
+    gather = isinstance(x, Gather)
+    bias_shape = None if bias is None else bias.shape
+    block = weight.shape, bias_shape, relu, pool, stride, padding
     y_shape, kernels = _conv(
-        x.shape,
-        weight.shape,
-        None if bias is None else bias.shape,
-        relu,
-        pool,
-        stride,
-        padding,
-        device.index,
-        get_precision(),
-        packed is not None,
+        x.shape, block, device.index, get_precision(), packed is not None, gather
     )
     if kernels is None:
         raise _unsupported("a convolution of", x.shape, weight.shape)
@@ -808,7 +791,7 @@ def conv_block_forward(
     n = y_shape[0]
     if n:
         plan = kernels.plan
-        arguments = x, weight, bias, y, code
+        arguments = *(x.arguments if gather else (x,)), weight, bias, y, code
         if kernels.pack is not None:
             packed = _pack(kernels, weight) if packed is None else packed
             arguments = x, packed, bias, y, code, n
@@ -843,8 +826,7 @@ class Gather(NamedTuple):
 
 @lru_cache(512)
 def _pair(x_shape, first, second, index, precision, gather, settled):
-    """(shapes of both outputs, kernels or None); first and second: (shape of weight, of
-    bias, relu, pool, stride, padding)."""
+    """(shape of y1, of y2, kernels or None); first and second as in _conv."""
     one, y1_shape = _conv_shape(x_shape, *first)
     two, y2_shape = _conv_shape(y1_shape, *second)
     plan = pair_plan(
