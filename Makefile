@@ -21,7 +21,7 @@ TEST_ENV ?= .venv-test
 SOURCES := setup.py pyproject.toml MANIFEST.in README.md LICENSE \
     tools/build_kernels.py \
     $(shell find cycnn -name '*.py' -o -name '*.pyx' -o -name '*.pyi' -o -name '*.pxd' -o -name '*.h') \
-    $(wildcard cuda/*.cu cuda/*.cuh cuda/README.md)
+    $(wildcard cuda/*.cu cuda/*.cuh cuda/README.md cuda/templates/*)
 
 # Where there is no NVIDIA driver the demo takes a wheel without the GPU half: building
 # that half takes longer than training. CYCNN_BUILD_GPU=1 asks for it all the same.

@@ -363,7 +363,7 @@ if __name__ == "__main__":
         package_data={
             "cycnn": ["*.pyi", "py.typed"],
             "cycnn.gpu": ["*.pxd"],
-            "cycnn.kernels": ["*.cu", "*.cuh", "README.md"],
+            "cycnn.kernels": ["*.cu", "*.cuh", "README.md", "templates/*"],
         },
         include_package_data=False,
         ext_modules=[

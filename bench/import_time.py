@@ -38,7 +38,8 @@ def seconds(statement, folder):
     done = subprocess.run(
         [sys.executable, "-c", _TIMER.format(statement)],
         env={**os.environ, "PYTHONPATH": folder},
-        capture_output=True,
+        cwd=folder,  # not a checkout, which would hide the installed package
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
@@ -61,8 +62,10 @@ def main():
     medians = {name: 1000 * statistics.median(x) for name, x in samples.items()}
     print(f"{'import':<44} {'ms':>7} {'beyond NumPy':>13}")
     for name, value in medians.items():
-        beyond = f"{value - medians['numpy']:13.1f}" if name.startswith("numpy,") else ""
-        print(f"{name:<44} {value:7.1f} {beyond}")
+        line = f"{name:<44} {value:7.1f}"
+        if name.startswith("numpy,"):
+            line += f" {value - medians['numpy']:13.1f}"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# Last, for a checkout in which cycnn was built in place and not installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 LR, ALPHA, EPS, DECAY, ACCUMULATOR = 0.003, 0.99, 1e-10, 1e-4, 1e-3
 BATCH = 128
 LEARNED = 0.97
@@ -40,7 +43,7 @@ def contestants(device, compile_too):
     if device == "cpu":
         # no JAX: its jitted scan takes minutes an epoch on a CPU
         return ["cycnn-fp32", "torch-eager-fp32"]
-    kinds = ["cycnn", "torch-eager", "torch-graph"]
+    kinds = ["cycnn", "cycnn-eager", "torch-eager", "torch-graph"]
     kinds += ["torch-compile"] if compile_too else []
     return [f"{kind}-{mode}" for kind in [*kinds, "jax-scan"] for mode in PRECISIONS]
 
@@ -50,7 +53,6 @@ def contestants(device, compile_too):
 
 
 def run_cycnn(kind, mode, options, arrays):
-    import_cycnn()
     import cycnn
     from cycnn import data, nn, optim
 
@@ -68,22 +70,16 @@ def run_cycnn(kind, mode, options, arrays):
         model.parameters(), lr=LR, alpha=ALPHA, eps=EPS, weight_decay=DECAY,
         initial_accumulator=ACCUMULATOR,
     )
-    trainer = cycnn.Trainer(model, nn.NLLLoss(), optimizer)
+    # cycnn: what a user gets, on a GPU each step one graph; cycnn-eager: no graph
+    capture = False if kind == "cycnn-eager" else None
+    trainer = cycnn.Trainer(model, nn.NLLLoss(), optimizer, capture=capture)
     history = trainer.fit(train, options.warmup + options.epochs, BATCH, seed=0)
     return {
         "version": cycnn.__version__,
-        "settings": "Trainer.fit, uint8 images",
+        "settings": f"Trainer.fit, uint8 images, capture={capture}",
         "seconds": history["seconds"][options.warmup :],
         "accuracy": trainer.evaluate(test)["accuracy"],
     }
-
-
-def import_cycnn():
-    """Find cycnn in the checkout where it is built in place and not installed."""
-    try:
-        import cycnn  # the import is the question
-    except ImportError:
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 # ---------------------------------------------------------------------------------
@@ -315,10 +311,10 @@ def run_jax(kind, mode, options, arrays):
         state, total = train_epoch(state, key, train, labels)
         jax.block_until_ready((state, total))
         seconds.append(time.perf_counter() - start)
-    scores = jax.jit(log_probs)
+    scores, parts = jax.jit(log_probs), list(range(1000, len(test_labels), 1000))
     hits = sum(
-        int((scores(state[0], test[i : i + 1000]).argmax(1) == test_labels[i : i + 1000]).sum())
-        for i in range(0, len(test_labels), 1000)
+        int((scores(state[0], x).argmax(1) == y).sum())
+        for x, y in zip(jnp.split(test, parts), jnp.split(test_labels, parts))
     )
     return {
         "version": jax.__version__,
@@ -390,20 +386,24 @@ def machine(options):
         "python": platform.python_version(),
     }
     if options.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-        found["device"], found["driver"] = answer.splitlines()[0].split(", ")
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found["device"], found["driver"] = answer.stdout.splitlines()[0].split(", ")
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
-        found["device"] = names[0] if names else platform.machine()
+        names = [line.split(":", 1)[1] for line in lines if "model name" in line]
+        found["device"] = names[0].strip() if names else platform.machine()
         found["threads"] = options.threads
     return found
 
 
 def table(about, results):
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), ""]
-    own = {n.rsplit("-", 1)[1]: r for n, r in results.items() if n.startswith("cycnn")}
+    own = {mode: results.get(f"cycnn-{mode}", {}) for mode in PRECISIONS}
     lines.append(
         f"{'contestant':<20} {'ms an epoch':>11} {'spread':>15} {'x cycnn':>8} "
         f"{'accuracy':>9}  version, settings"
@@ -413,7 +413,7 @@ def table(about, results):
             lines.append(f"{name:<20} {result['error'].splitlines()[0]}")
             continue
         times = [1000 * seconds for seconds in result["seconds"]]
-        base = own.get(name.rsplit("-", 1)[1], {}).get("median")
+        base = own[name.rsplit("-", 1)[1]].get("median")
         ratio = f"{result['median'] / base:.2f}" if base else "-"
         accuracy = f"{result['accuracy']:.2%}" + "!" * (not result["learned"])
         lines.append(
@@ -452,7 +452,6 @@ def main():
         work(options)
         return 0
 
-    import_cycnn()
     import numpy as np
     from cycnn import data
 

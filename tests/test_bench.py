@@ -38,7 +38,8 @@ def test_peers(tmp_path):
     assert result["median"] == pytest.approx(sum(result["seconds"]) / 2)
     assert result["learned"] and result["accuracy"] > 0.97
     assert content["device"] and content["date"] and content["batch_size"] == 128
-    assert re.search(r"^cycnn-fp32 +[\d.]+ +[\d.]+\.\.[\d.]+ +1\.00 ", done.stdout, re.M)
+    row = r"^cycnn-fp32 +[\d.]+ +[\d.]+\.\.[\d.]+ +1\.00 "
+    assert re.search(row, done.stdout, re.MULTILINE)
 
 
 def test_who_has_not_learned_has_not_run(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from training import write_mnist
 
+import cycnn
 from cycnn import DataError, data
 from cycnn.nn import reference_network, weights
 
@@ -204,18 +206,35 @@ def test_bad_arguments(arguments):
 
 def test_from_a_checkout(tmp_path):
     """Where cycnn is not installed, the script finds the package beside it."""
-    installed = Path(np.__file__).parent
-    for part in (installed, installed.with_name("numpy.libs")):
+    package = Path(cycnn.__file__).parent
+    checkout = tmp_path / "checkout"
+    (checkout / "demo").mkdir(parents=True)
+    shutil.copy(DEMO, checkout / "demo")
+    numpy = Path(np.__file__).parent
+    for part in (numpy, numpy.with_name("numpy.libs")):
         (tmp_path / part.name).symlink_to(part)
-    done = subprocess.run(
-        [sys.executable, "-S", DEMO, "--help"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+
+    def demo_help():
+        return subprocess.run(
+            # -S: without what is installed
+            [sys.executable, "-S", checkout / "demo" / DEMO.name, "--help"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    (checkout / "cycnn").symlink_to(package)
+    done = demo_help()
     assert done.returncode == 0, done.stderr
     assert "--target-acc" in done.stdout
+
+    (checkout / "cycnn").unlink()
+    sources = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(package, checkout / "cycnn", ignore=sources)
+    done = demo_help()
+    assert done.returncode == 1
+    assert "not built yet" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_real_digits():

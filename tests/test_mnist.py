@@ -144,15 +144,13 @@ def test_a_damaged_file_is_named(tmp_path):
         mnist(root)
 
 
-def test_a_complete_folder_needs_no_urllib(tmp_path):
-    import subprocess
-
+def test_a_complete_folder_needs_no_urllib(tmp_path, run_python):
     fill(tmp_path / "cache" / "mnist")
     code = (
         "import sys; from cycnn.data import mnist; mnist(); "
         "assert 'urllib.request' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python(code)
 
 
 @pytest.mark.skipif(REAL is None, reason="CYCNN_DATA names no folder with MNIST")

@@ -1,8 +1,5 @@
 """The CPU operations against the specification, over shapes that catch edges."""
 
-import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -449,17 +446,8 @@ print(digest.hexdigest())
 """
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", STEP],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for threads in (1, 2, 3)
-    }
+def test_results_do_not_depend_on_the_number_of_threads(run_python):
+    digests = {run_python(STEP, OMP_NUM_THREADS=str(n)) for n in (1, 2, 3)}
     assert len(digests) == 1
 
 

@@ -188,9 +188,11 @@ def test_every_extension_module_is_built_and_links_no_cuda(files):
 
 def test_the_kernel_sources_are_shipped(files):
     shipped = {n.removeprefix(KERNELS) for n in files if n.startswith(KERNELS)}
-    sources = {p.name for p in (ROOT / "cuda").iterdir() if p.is_file()}
-    assert {name for name in shipped if "/" not in name} == sources
-    assert "README.md" in sources
+    folder = ROOT / "cuda"
+    sources = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    sources = {name for name in sources if not name.startswith("cubin/")}
+    assert {name for name in shipped if not name.startswith("cubin/")} == sources
+    assert {"README.md", "templates/fused.cuh"} < sources
 
 
 @gpu_build
@@ -266,7 +268,7 @@ def test_the_sdist_holds_what_the_build_and_the_tests_need(unpacked):
     held = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*")}
     needed = {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "tests/conftest.py"}
     needed.add("tools/build_kernels.py")
-    for pattern in ("cycnn/**/*.py", "cycnn/**/*.pyx", "cycnn/**/*.pxd", "cuda/*.cu*"):
+    for pattern in ("cycnn/**/*.py", "cycnn/**/*.pyx", "cycnn/**/*.pxd", "cuda/**/*.cu*"):
         needed |= {p.relative_to(ROOT).as_posix() for p in ROOT.glob(pattern)}
     assert needed <= held, needed - held
     made = [name for name in held if name.endswith((".so", ".c", ".cpp", ".cubin"))]

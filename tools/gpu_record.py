@@ -32,13 +32,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "gpu_record.json"
 # What runs on the GPU, and what tests it. Generated files have other suffixes.
 COVERED = (
-    "cuda/*.cu",
-    "cuda/*.cuh",
+    "cuda/**/*.cu",
+    "cuda/**/*.cuh",
     "cycnn/gpu/*.py",
     "cycnn/gpu/*.pyx",
     "cycnn/gpu/*.pxd",
     "cycnn/ops/cuda.py",
-    "cycnn/tensor.py",
+    "cycnn/ops/*fused*.py",
+    "cycnn/ops/*plan.py",
+    "cycnn/tensor.pyx",
     "cycnn/_dlpack.pyx",
     "tests/gpu/*.py",
 )

@@ -70,7 +70,8 @@ def digest(name: str, sources: dict, options: tuple) -> str:
     found = hashlib.sha256()
     for part in (name, *options):
         found.update(part.encode() + b"\0")
-    for file, text in sorted({**_headers(sources), name + ".cu": sources[name + ".cu"]}.items()):
+    parts = {**_headers(sources), name + ".cu": sources[name + ".cu"]}
+    for file, text in sorted(parts.items()):
         found.update(file.encode() + b"\0" + text.encode() + b"\0")
     return found.hexdigest()
 

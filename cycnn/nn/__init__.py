@@ -3,6 +3,7 @@
 from . import init
 from .activation import LogSoftmax, ReLU, Sigmoid
 from .conv import Conv2d
+from .fuse import Objective, fuse
 from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
@@ -21,10 +22,12 @@ __all__ = [
     "LogSoftmax",
     "MaxPool2d",
     "NLLLoss",
+    "Objective",
     "Parameter",
     "ReLU",
     "Sequential",
     "Sigmoid",
+    "fuse",
     "init",
     "reference_network",
 ]

@@ -147,64 +147,67 @@ _gemm_finish = Kernel("gemm", "gemm_finish", "PPPiiiiiuiiqi")
 _PLAIN = 1 << 30  # a segment that no row is longer than
 
 
-@lru_cache(1024)
 def _segment_magic(length):
     """The factor that divides by ``length``; see Segment in gemm.cu."""
     return -(-(1 << (31 + (length - 1).bit_length())) // length)
 
 
-@lru_cache(4096)
-def _plan(precision, m, n, k, batch, sms):
-    """Which kernel computes a product: (kernel, grid, k a split, splits)."""
-    tile = 128
-    tiles = ceil_div(m, tile) * ceil_div(n, tile)
-    if tiles * batch < sms or min(m, n) <= 64:
-        tile = 64
-        tiles = ceil_div(m, tile) * ceil_div(n, tile)
-    splits = 1
-    if 2 * tiles * batch <= sms:
-        # fewer tiles than half of the SMs: aim at two blocks for each
-        splits = max(1, min(2 * sms // (tiles * batch), k // _GEMM_STEP))
-    k_a_split = max(ceil_div(k, splits * _GEMM_STEP), 1) * _GEMM_STEP
-    splits = max(ceil_div(k, k_a_split), 1)
-    return _gemm[precision, tile], (tiles, batch, splits), k_a_split, splits
-
-
-def _product(gpu, flags, c, a, b, bias, sizes, segment, of_a, of_b, of_c):
-    """Queue C = A B + bias; gemm.cu explains how matrices lie.
+class _Product:
+    """The launches of C = A B + bias; gemm.cu explains how matrices lie.
 
     Parameters
     ----------
-    gpu : cycnn.gpu.device.Device
+    precision : str
+    sms : int
+        Multiprocessors of the GPU.
     flags : int
-    c, a, b, bias : Tensor; bias may be None
     sizes : (m, n, k, batch)
     segment : int
         Columns of an image.
     of_a, of_b, of_c : (pitch, stack, batch stride), in elements
     """
-    m, n, k, batch = sizes
-    kernel, grid, k_a_split, splits = _plan(
-        get_precision(), m, n, k, batch, gpu.sm_count
-    )
-    magic = _segment_magic(segment)
-    if splits == 1:
-        kernel(
-            gpu.compute, grid, _GEMM_BLOCK, c, a, b, bias, m, n, k, segment, magic,
-            *of_a, *of_b, *of_c, k_a_split, flags,
+
+    __slots__ = ("kernel", "grid", "numbers", "partial", "finish_grid", "finish")
+
+    def __init__(self, precision, sms, flags, sizes, segment, of_a, of_b, of_c):
+        m, n, k, batch = sizes
+        tile = 128
+        tiles = ceil_div(m, tile) * ceil_div(n, tile)
+        if tiles * batch < sms or min(m, n) <= 64:
+            tile = 64
+            tiles = ceil_div(m, tile) * ceil_div(n, tile)
+        splits = 1
+        if 2 * tiles * batch <= sms:
+            # fewer tiles than half of the SMs: aim at two blocks for each
+            splits = max(1, min(2 * sms // (tiles * batch), k // _GEMM_STEP))
+        k_a_split = max(ceil_div(k, splits * _GEMM_STEP), 1) * _GEMM_STEP
+        splits = max(ceil_div(k, k_a_split), 1)
+        self.kernel = _gemm[precision, tile]
+        self.grid = tiles, batch, splits
+        magic = _segment_magic(segment)
+        self.partial = None
+        if splits > 1:
+            elements = batch * m * n
+            self.partial = splits, elements
+            self.finish_grid = ceil_div(elements, 32)
+            self.finish = (batch, m, n, splits, segment, magic, *of_c, flags)
+            of_c = n, segment, m * n
+            flags &= _A_TRANSPOSED | _B_TRANSPOSED
+        self.numbers = (
+            m, n, k, segment, magic, *of_a, *of_b, *of_c, k_a_split, flags,
         )  # fmt: skip
-        return
-    elements = batch * m * n
-    partial = empty_on_gpu((splits, elements), _FLOAT32, c.device)
-    kernel(
-        gpu.compute, grid, _GEMM_BLOCK, partial, a, b, None, m, n, k, segment, magic,
-        *of_a, *of_b, n, segment, m * n, k_a_split,
-        flags & (_A_TRANSPOSED | _B_TRANSPOSED),
-    )  # fmt: skip
-    _gemm_finish(
-        gpu.compute, ceil_div(elements, 32), (32, 8), c, partial, bias, batch, m, n,
-        splits, segment, magic, *of_c, flags,
-    )  # fmt: skip
+
+    def run(self, gpu, c, a, b, bias=None):
+        """Queue it. The arguments are the first elements of the matrices."""
+        stream = gpu.compute
+        if self.partial is None:
+            self.kernel(stream, self.grid, _GEMM_BLOCK, c, a, b, bias, *self.numbers)
+            return
+        partial = empty_on_gpu(self.partial, _FLOAT32, c.device)
+        self.kernel(stream, self.grid, _GEMM_BLOCK, partial, a, b, None, *self.numbers)
+        _gemm_finish(
+            stream, self.finish_grid, (32, 8), c, partial, bias, *self.finish
+        )
 
 
 # sums
@@ -244,15 +247,18 @@ def _sum_over_pixels(gpu, out, dy, n, k, pixels, accumulate):
     _sum_over_rows(gpu, out, partial, parts, k, accumulate)
 
 
-def _clear(dweight, dbias):
-    """Gradients of an empty batch."""
-    fill(dweight, 0.0)
-    if dbias is not None:
-        fill(dbias, 0.0)
+def _clear(dweight, dbias, dx, accumulate):
+    """Gradients where there is nothing to sum."""
+    if dx is not None:
+        fill(dx, 0.0)
+    if not accumulate:
+        fill(dweight, 0.0)
+        if dbias is not None:
+            fill(dbias, 0.0)
 
 
 def _parts(n, elements, most=_INT32_MAX):
-    """The batch in slices whose elements the kernels can number.
+    """The batch in parts whose elements the kernels can number.
 
     Parameters
     ----------
@@ -261,7 +267,12 @@ def _parts(n, elements, most=_INT32_MAX):
     elements : int
         Of a sample, in the largest array.
     most : int
-        Samples that a slice may have.
+        Samples that a part may have.
+
+    Returns
+    -------
+    list of (slice, int)
+        Slice, or None for the whole batch, and number of samples.
     """
     if elements > _INT32_MAX:
         raise ShapeError(
@@ -269,81 +280,103 @@ def _parts(n, elements, most=_INT32_MAX):
             f"at most {_INT32_MAX}"
         )
     step = min(most, _INT32_MAX // max(elements, 1))
-    return tuple(slice(i, min(i + step, n)) for i in range(0, n, step))
+    if 0 < n <= step:
+        return [(None, n)]
+    return [(slice(i, min(i + step, n)), min(step, n - i)) for i in range(0, n, step)]
 
 
 def _part(x, part):
-    """``x[part]``, without making a view of all of it."""
-    return x if part.stop - part.start == x.shape[0] else x[part]
+    return x if part is None else x[part]
 
 
 # linear
 
-_linear_shape = lru_cache(256)(shapes.linear_output_shape)
-_check_linear = lru_cache(256)(shapes.check_linear_backward)
+
+@lru_cache(256)
+def _linear_forward_plan(x_shape, w_shape, bias_shape, precision, sms):
+    """(shape of y, [(part, product)])"""
+    n, outputs = y_shape = shapes.linear_output_shape(x_shape, w_shape, bias_shape)
+    inputs = w_shape[1]
+    of_inputs, of_outputs = (inputs, _PLAIN, 0), (outputs, _PLAIN, 0)
+    steps = []
+    for part, size in _parts(n, max(inputs, outputs)) if outputs else ():
+        # y = x weight^T
+        sizes = size, outputs, inputs, 1
+        product = _Product(
+            precision, sms, _B_TRANSPOSED, sizes, _PLAIN, of_inputs, of_inputs,
+            of_outputs,
+        )  # fmt: skip
+        steps.append((part, product))
+    return y_shape, steps
 
 
 def linear_forward(x, weight, bias):
-    x_shape, w_shape = x.shape, weight.shape
-    n, outputs = _linear_shape(x_shape, w_shape, None if bias is None else bias.shape)
-    inputs = w_shape[1]
     device = x.device
-    y = empty_on_gpu((n, outputs), _FLOAT32, device)
-    if not n or not outputs:
-        return y
     gpu = _get(device.index)
-    for part in _parts(n, max(inputs, outputs)):
-        # y = x weight^T
-        _product(
-            gpu, _B_TRANSPOSED, _part(y, part), _part(x, part), weight, bias,
-            (part.stop - part.start, outputs, inputs, 1), _PLAIN,
-            (inputs, _PLAIN, 0), (inputs, _PLAIN, 0), (outputs, _PLAIN, 0),
-        )  # fmt: skip
+    y_shape, steps = _linear_forward_plan(
+        x.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        get_precision(),
+        gpu.sm_count,
+    )
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    for part, product in steps:
+        product.run(gpu, _part(y, part), _part(x, part), weight, bias)
     return y
 
 
+@lru_cache(256)
+def _linear_backward_plan(
+    dy_shape, x_shape, w_shape, dw_shape, db_shape, accumulate, precision, sms
+):
+    """[(part, product for dweight, product for dx)]"""
+    shapes.check_linear_backward(dy_shape, x_shape, w_shape, dw_shape, db_shape)
+    outputs, inputs = w_shape
+    of_inputs, of_outputs = (inputs, _PLAIN, 0), (outputs, _PLAIN, 0)
+    steps = []
+    parts = _parts(x_shape[0], max(inputs, outputs)) if inputs and outputs else ()
+    for part, size in parts:
+        # dweight = dy^T x
+        flags = _A_TRANSPOSED | (_ACCUMULATE if accumulate or steps else 0)
+        for_dweight = _Product(
+            precision, sms, flags, (outputs, inputs, size, 1), _PLAIN, of_outputs,
+            of_inputs, of_inputs,
+        )  # fmt: skip
+        # dx = dy weight
+        for_dx = _Product(
+            precision, sms, 0, (size, inputs, outputs, 1), _PLAIN, of_outputs,
+            of_inputs, of_inputs,
+        )  # fmt: skip
+        steps.append((part, for_dweight, for_dx))
+    return steps
+
+
 def linear_backward(dy, x, weight, dweight, dbias, need_dx=True, accumulate=False):
-    w_shape = weight.shape
-    _check_linear(
+    device = dy.device
+    gpu = _get(device.index)
+    steps = _linear_backward_plan(
         dy.shape,
         x.shape,
-        w_shape,
+        weight.shape,
         dweight.shape,
         None if dbias is None else dbias.shape,
+        accumulate,
+        get_precision(),
+        gpu.sm_count,
     )
-    outputs, inputs = w_shape
-    n = dy.shape[0]
-    device = dy.device
-    dx = empty_on_gpu((n, inputs), _FLOAT32, device) if need_dx else None
-    if not n:
-        if not accumulate:
-            _clear(dweight, dbias)
+    n, outputs = dy.shape
+    dx = empty_on_gpu(x.shape, _FLOAT32, device) if need_dx else None
+    if not n or not outputs:
+        _clear(dweight, dbias, dx, accumulate)
         return dx
-    if not outputs:
-        if need_dx:
-            fill(dx, 0.0)
-        return dx
-    gpu = _get(device.index)
     if dbias is not None:
         _sum_over_rows(gpu, dbias, dy, n, outputs, accumulate)
-    if not inputs:
-        return dx
-    of_inputs, of_outputs = (inputs, _PLAIN, 0), (outputs, _PLAIN, 0)
-    for part in _parts(n, max(inputs, outputs)):
-        size = part.stop - part.start
+    for part, for_dweight, for_dx in steps:
         dy_part = _part(dy, part)
-        # dweight = dy^T x
-        _product(
-            gpu, _A_TRANSPOSED | (_ACCUMULATE if accumulate or part.start else 0),
-            dweight, dy_part, _part(x, part), None, (outputs, inputs, size, 1), _PLAIN,
-            of_outputs, of_inputs, of_inputs,
-        )  # fmt: skip
+        for_dweight.run(gpu, dweight, dy_part, _part(x, part))
         if need_dx:
-            # dx = dy weight
-            _product(
-                gpu, 0, _part(dx, part), dy_part, weight, None,
-                (size, inputs, outputs, 1), _PLAIN, of_outputs, of_inputs, of_inputs,
-            )  # fmt: skip
+            for_dx.run(gpu, _part(dx, part), dy_part, weight)
     return dx
 
 
@@ -352,88 +385,162 @@ def linear_backward(dy, x, weight, dweight, dbias, need_dx=True, accumulate=Fals
 _im2col = Kernel("conv", "im2col", "PPiiiiiiiiiiiiiiq")
 _col2im = Kernel("conv", "col2im", "PPiiiiiiiiiiiiiiq")
 
-_conv_shape = lru_cache(256)(shapes.conv2d_output_shape)
-_check_conv = lru_cache(256)(shapes.check_conv2d_backward)
 
-
-@lru_cache(256)
-def _conv_plan(x_shape, w_shape, y_shape, stride, padding):
-    """(pointwise, parts of the batch, rows of the column matrix).
+class _Unrolled:
+    """How a convolution becomes products: its parts and where its matrices lie.
 
     A pointwise convolution (1 x 1, every pixel, no padding) is a product with x as it
     lies; for others x is unrolled, as many images at once as the workspace holds.
+
+    Attributes
+    ----------
+    column_shape : tuple or None
+        Of the workspace; None for a pointwise convolution.
+    parts : list of (slice, int)
     """
-    n, c, h, w = x_shape
-    k, _, r, s = w_shape
-    pixels = y_shape[2] * y_shape[3]
-    rows = c * r * s
-    pointwise = r == s == 1 and stride == (1, 1) and padding == (0, 0)
-    if pointwise or not c:
-        return True, _parts(n, max(c * h * w, k * pixels)), rows
-    most = max(1, _COLUMN_BYTES // (4 * rows * pixels))
-    parts = _parts(n, max(c * h * w, k * pixels, rows * pixels), most)
-    return False, parts, rows
+
+    def __init__(self, x_shape, w_shape, y_shape, stride, padding, dilation, groups):
+        n, c, h, w = x_shape
+        _, k, p, q = y_shape
+        r, s = w_shape[2:]
+        self.pixels = pixels = p * q
+        self.groups = groups
+        self.group_k, self.group_rows = k // groups, c // groups * r * s
+        rows = c * r * s
+        largest = max(c * h * w, k * pixels)
+        pointwise = r == s == 1 and stride == (1, 1) and padding == (0, 0)
+        if pointwise or not c:
+            self.column_shape = None
+            self.parts = _parts(n, largest)
+            pitch, stack = pixels, c * pixels
+        else:
+            most = max(1, _COLUMN_BYTES // (4 * rows * pixels))
+            self.parts = _parts(n, max(largest, rows * pixels), most)
+            # rows start at 16 bytes
+            pitch = (max(size for _, size in self.parts) * pixels + 3) & ~3
+            self.column_shape = rows, pitch
+            stack = pixels
+        self.numbers = (
+            c, h, w, r, s, p, q, *stride, *padding, *dilation, pitch,
+        )  # fmt: skip
+        self.of_weight = self.group_rows, pixels, self.group_k * self.group_rows
+        self.of_column = pitch, stack, self.group_rows * pitch
+        self.of_y = pixels, k * pixels, self.group_k * pixels
+
+    def unroll(self, images):
+        """Grid and numbers of ``_im2col``, or None."""
+        if self.column_shape is None:
+            return None
+        blocks = ceil_div(images * self.pixels, _BLOCK)
+        return (blocks, min(self.numbers[0], _MAX_GRID)), (images, *self.numbers)
+
+    def fold(self, images):
+        """Grid and numbers of ``_col2im``, or None."""
+        if self.column_shape is None:
+            return None
+        c, h, w = self.numbers[:3]
+        return _images(images, c * h * w), (images, *self.numbers)
 
 
-def _unroll(gpu, column, x, w_shape, y_shape, stride, padding, dilation, pitch):
-    n, c, h, w = x.shape
-    r, s = w_shape[2:]
-    p, q = y_shape[2:]
-    _im2col(
-        gpu.compute, (ceil_div(n * p * q, _BLOCK), min(c, _MAX_GRID)), _BLOCK, column,
-        x, n, c, h, w, r, s, p, q, *stride, *padding, *dilation, pitch,
-    )  # fmt: skip
-
-
-def _column(rows, images, pixels, device):
-    """Workspace for the column matrix of some images, and the pitch of its rows."""
-    pitch = (images * pixels + 3) & ~3  # rows start at 16 bytes
-    return empty_on_gpu((rows, pitch), _FLOAT32, device), pitch
+@lru_cache(256)
+def _conv_forward_plan(
+    x_shape, w_shape, bias_shape, stride, padding, dilation, groups, precision, sms
+):
+    """(shape of y, shape of the workspace, [(part, im2col, product)])"""
+    y_shape = shapes.conv2d_output_shape(
+        x_shape, w_shape, stride, padding, dilation, groups, bias_shape
+    )
+    if not y_shape[0] or not y_shape[1]:
+        return y_shape, None, ()
+    how = _Unrolled(x_shape, w_shape, y_shape, stride, padding, dilation, groups)
+    steps = []
+    for part, size in how.parts:
+        # y[n] = weight column[n], a product for each group
+        sizes = how.group_k, size * how.pixels, how.group_rows, groups
+        product = _Product(
+            precision, sms, _BIAS_ON_ROWS, sizes, how.pixels, how.of_weight,
+            how.of_column, how.of_y,
+        )  # fmt: skip
+        steps.append((part, how.unroll(size), product))
+    return y_shape, how.column_shape, steps
 
 
 def conv2d_forward(
     x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ):
-    x_shape, w_shape = x.shape, weight.shape
-    y_shape = _conv_shape(
-        x_shape,
-        w_shape,
+    device = x.device
+    gpu = _get(device.index)
+    y_shape, column_shape, steps = _conv_forward_plan(
+        x.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
         stride,
         padding,
         dilation,
         groups,
-        None if bias is None else bias.shape,
+        get_precision(),
+        gpu.sm_count,
     )
-    device = x.device
     y = empty_on_gpu(y_shape, _FLOAT32, device)
-    n, k, p, q = y_shape
-    if not n or not k:
-        return y
-    gpu = _get(device.index)
-    pointwise, parts, rows = _conv_plan(x_shape, w_shape, y_shape, stride, padding)
-    pixels, group_rows, group_k = p * q, rows // groups, k // groups
-    column, pitch = None, pixels
-    if pointwise:
-        stack = x_shape[1] * pixels
-    else:
-        column, pitch = _column(rows, parts[0].stop, pixels, device)
-        stack = pixels
-    for part in parts:
-        source = x_part = _part(x, part)
-        if not pointwise:
-            _unroll(
-                gpu, column, x_part, w_shape, y_shape, stride, padding, dilation, pitch
-            )
+    if column_shape is not None:
+        column = empty_on_gpu(column_shape, _FLOAT32, device)
+    for part, unroll, product in steps:
+        source = _part(x, part)
+        if unroll is not None:
+            grid, numbers = unroll
+            _im2col(gpu.compute, grid, _BLOCK, column, source, *numbers)
             source = column
-        # y[n] = weight column[n], a product for each group
-        _product(
-            gpu, _BIAS_ON_ROWS, _part(y, part), weight, source, bias,
-            (group_k, (part.stop - part.start) * pixels, group_rows, groups), pixels,
-            (group_rows, pixels, group_k * group_rows),
-            (pitch, stack, group_rows * pitch),
-            (pixels, k * pixels, group_k * pixels),
-        )  # fmt: skip
+        product.run(gpu, _part(y, part), weight, source, bias)
     return y
+
+
+@lru_cache(256)
+def _conv_backward_plan(
+    dy_shape,
+    x_shape,
+    w_shape,
+    dw_shape,
+    db_shape,
+    stride,
+    padding,
+    dilation,
+    groups,
+    accumulate,
+    precision,
+    sms,
+):
+    """(shape of the workspace, [(part, im2col, for dweight, for dcolumn, col2im)])"""
+    shapes.check_conv2d_backward(
+        dy_shape,
+        x_shape,
+        w_shape,
+        dw_shape,
+        db_shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    if not dy_shape[0] or not dy_shape[1] or not x_shape[1]:
+        return None, ()
+    how = _Unrolled(x_shape, w_shape, dy_shape, stride, padding, dilation, groups)
+    steps = []
+    for part, size in how.parts:
+        columns = size * how.pixels
+        # dweight = sum over n of dy[n] column[n]^T
+        flags = _B_TRANSPOSED | (_ACCUMULATE if accumulate or steps else 0)
+        for_dweight = _Product(
+            precision, sms, flags, (how.group_k, how.group_rows, columns, groups),
+            how.pixels, how.of_y, how.of_column, how.of_weight,
+        )  # fmt: skip
+        # dcolumn[n] = weight^T dy[n]
+        for_dcolumn = _Product(
+            precision, sms, _A_TRANSPOSED,
+            (how.group_rows, columns, how.group_k, groups), how.pixels, how.of_weight,
+            how.of_y, how.of_column,
+        )  # fmt: skip
+        steps.append((part, how.unroll(size), for_dweight, for_dcolumn, how.fold(size)))
+    return how.column_shape, steps
 
 
 def conv2d_backward(
@@ -449,75 +556,48 @@ def conv2d_backward(
     need_dx=True,
     accumulate=False,
 ):
-    x_shape, w_shape, y_shape = x.shape, weight.shape, dy.shape
-    _check_conv(
-        y_shape,
-        x_shape,
-        w_shape,
+    device = x.device
+    gpu = _get(device.index)
+    column_shape, steps = _conv_backward_plan(
+        dy.shape,
+        x.shape,
+        weight.shape,
         dweight.shape,
         None if dbias is None else dbias.shape,
         stride,
         padding,
         dilation,
         groups,
+        accumulate,
+        get_precision(),
+        gpu.sm_count,
     )
-    device = x.device
-    dx = empty_on_gpu(x_shape, _FLOAT32, device) if need_dx else None
-    n, k, p, q = y_shape
-    if not n:
-        if not accumulate:
-            _clear(dweight, dbias)
+    n, k, p, q = dy.shape
+    dx = empty_on_gpu(x.shape, _FLOAT32, device) if need_dx else None
+    if not n or not k:
+        _clear(dweight, dbias, dx, accumulate)
         return dx
-    if not k:
-        if need_dx:
-            fill(dx, 0.0)
-        return dx
-    gpu = _get(device.index)
-    pointwise, parts, rows = _conv_plan(x_shape, w_shape, y_shape, stride, padding)
-    pixels, group_rows, group_k = p * q, rows // groups, k // groups
     if dbias is not None:
-        _sum_over_pixels(gpu, dbias, dy, n, k, pixels, accumulate)
-    if not rows:
-        return dx
-    column, pitch = None, pixels
-    if pointwise:
-        stack = x_shape[1] * pixels
-    else:
-        column, pitch = _column(rows, parts[0].stop, pixels, device)
-        stack = pixels
-    of_weight = (group_rows, pixels, group_k * group_rows)
-    of_column = (pitch, stack, group_rows * pitch)
-    of_dy = (pixels, k * pixels, group_k * pixels)
-    for part in parts:
-        columns = (part.stop - part.start) * pixels
-        x_part, dy_part = _part(x, part), _part(dy, part)
-        source = x_part
-        if not pointwise:
-            _unroll(
-                gpu, column, x_part, w_shape, y_shape, stride, padding, dilation, pitch
-            )
+        _sum_over_pixels(gpu, dbias, dy, n, k, p * q, accumulate)
+    if column_shape is not None:
+        column = empty_on_gpu(column_shape, _FLOAT32, device)
+    for part, unroll, for_dweight, for_dcolumn, fold in steps:
+        dy_part, source = _part(dy, part), _part(x, part)
+        if unroll is not None:
+            grid, numbers = unroll
+            _im2col(gpu.compute, grid, _BLOCK, column, source, *numbers)
             source = column
-        # dweight = sum over n of dy[n] column[n]^T
-        _product(
-            gpu, _B_TRANSPOSED | (_ACCUMULATE if accumulate or part.start else 0),
-            dweight, dy_part, source, None, (group_k, group_rows, columns, groups),
-            pixels, of_dy, of_column, of_weight,
-        )  # fmt: skip
-        if need_dx:
-            dx_part = _part(dx, part)
-            # dcolumn[n] = weight^T dy[n], over the column matrix, which has been used
-            _product(
-                gpu, _A_TRANSPOSED, dx_part if pointwise else column, weight, dy_part,
-                None, (group_rows, columns, group_k, groups), pixels, of_weight, of_dy,
-                of_column,
-            )  # fmt: skip
-            if not pointwise:
-                images, c, h, w = dx_part.shape
-                _col2im(
-                    gpu.compute, _images(images, c * h * w), _BLOCK, dx_part, column,
-                    images, c, h, w, *w_shape[2:], p, q, *stride, *padding, *dilation,
-                    pitch,
-                )  # fmt: skip
+        for_dweight.run(gpu, dweight, dy_part, source)
+        if not need_dx:
+            continue
+        dx_part = _part(dx, part)
+        if fold is None:
+            for_dcolumn.run(gpu, dx_part, weight, dy_part)
+        else:
+            # the column matrix has been used, its gradient takes its place
+            for_dcolumn.run(gpu, column, weight, dy_part)
+            grid, numbers = fold
+            _col2im(gpu.compute, grid, _BLOCK, dx_part, column, *numbers)
     return dx
 
 
@@ -687,12 +767,11 @@ def _check_step(param, grad, momentum_buffer, lr, momentum, square_avg=None):
             f"momentum is {momentum} and needs a momentum_buffer, got None"
         )
     shapes.check_scalar("lr", lr.shape)
-    shapes.check_same(
-        param=param.shape,
-        grad=grad.shape,
-        square_avg=None if square_avg is None else square_avg.shape,
-        momentum_buffer=None if momentum_buffer is None else momentum_buffer.shape,
-    )
+    given = {"grad": grad, "square_avg": square_avg, "momentum_buffer": momentum_buffer}
+    shape = param.shape
+    for name, slab in given.items():
+        if slab is not None and slab.shape != shape:
+            shapes.check_same(param=shape, **{name: slab.shape})
 
 
 def rmsprop_step(

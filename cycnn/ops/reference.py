@@ -179,9 +179,8 @@ def _taps(x_padded, filter_shape, out_shape, stride, dilation, groups):
                 top : top + (p - 1) * stride[0] + 1 : stride[0],
                 left : left + (q - 1) * stride[1] + 1 : stride[1],
             ]
-            # splitting an axis of a view keeps it a view
-            view.shape = n, groups, c // groups, p, q
-            yield r, s, view
+            # splitting an axis makes a view of a view, never a copy
+            yield r, s, view.reshape(n, groups, c // groups, p, q)
 
 
 def _pad(x, padding):

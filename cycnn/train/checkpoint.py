@@ -79,7 +79,7 @@ def load(path, model, optimizer, schedule) -> dict:
 
 
 def schedule_name(schedule) -> str:
-    """What a checkpoint keeps of a schedule, to notice when it is resumed by another."""
+    """What a checkpoint keeps of a schedule, to notice when another one resumes it."""
     if schedule is None:
         return "none"
     if type(schedule).__repr__ is not object.__repr__ and not hasattr(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..nn import Objective
 from ..ops import for_device
 from ..precision import get_precision
 from ..tensor import Tensor, empty
@@ -28,6 +29,10 @@ class Steps:
     def __init__(self, trainer, loader):
         self.trainer = trainer
         self.loader = loader
+        fused = trainer.fuse
+        if fused is None:
+            fused = loader.device.is_cuda
+        self.objective = Objective(trainer.model, trainer.loss, fused)
 
     def begin_epoch(self, tally, epoch, first, total) -> None:
         """Get ready for the steps from ``first`` on.
@@ -52,11 +57,9 @@ class Steps:
         """Let go of what the epoch needed; called however the epoch ends."""
 
     def _train(self, images, labels) -> None:
-        trainer = self.trainer
-        scores = trainer.model(images)
-        value = trainer.loss(scores, labels)
-        trainer.model.backward(trainer.loss.backward(), input_grad=False)
-        trainer.optimizer.step()
+        scores, value = self.objective.forward(images, labels)
+        self.objective.backward()
+        self.trainer.optimizer.step()
         self.tally.add(value, scores, labels)
 
 
@@ -156,7 +159,11 @@ class CapturedSteps(Steps):
         held = self.loader.resident()
         index = self.index[:count]
         ops.begin_step(
-            self.order, self.position, index, self.rates, self.trainer.optimizer.lr_tensor
+            self.order,
+            self.position,
+            index,
+            self.rates,
+            self.trainer.optimizer.lr_tensor,
         )
         images = ops.gather_images(held.images, index, dataset.scale, dataset.shift)
         self._train(images, ops.gather_labels(held.labels, index))

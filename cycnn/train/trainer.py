@@ -159,6 +159,9 @@ class Trainer:
         numbers in a fraction of the time. Default: on a GPU, where the training set
         fits into its memory. Layers of one's own must then do the same operations in
         every step, and not read results on the host.
+    fuse : bool, optional
+        Train with fused layers, see :func:`cycnn.nn.fuse`: the same results up to
+        rounding, faster. Default: on a GPU.
 
     Attributes
     ----------
@@ -182,12 +185,15 @@ class Trainer:
     It may call ``trainer.stop()``, ``trainer.save(path)`` and ``trainer.running()``.
     """
 
-    def __init__(self, model, loss, optimizer, schedule=None, capture=None):
+    def __init__(
+        self, model, loss, optimizer, schedule=None, capture=None, fuse=None
+    ):
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
         self.capture = capture
+        self.fuse = fuse
         self.base_lr = optimizer.lr
         self.history = History()
         self.epoch = self.step = 0
@@ -509,14 +515,14 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, path, model, loss, optimizer, schedule=None, capture=None
+        cls, path, model, loss, optimizer, schedule=None, capture=None, fuse=None
     ) -> Trainer:
         """A trainer that goes on where the saved one stood.
 
         Parameters
         ----------
         path : path of a file that :meth:`save` wrote
-        model, loss, optimizer, schedule, capture
+        model, loss, optimizer, schedule, capture, fuse
             Made as for the saved run. Parameters and optimizer state are overwritten
             by those of the file.
 
@@ -535,7 +541,7 @@ class Trainer:
         FileNotFoundError
         """
         state = checkpoint.load(path, model, optimizer, schedule)
-        trainer = cls(model, loss, optimizer, schedule, capture)
+        trainer = cls(model, loss, optimizer, schedule, capture, fuse)
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]

@@ -6,8 +6,6 @@ of a unit more comes from each rounded operand. The sum of absolute products is 
 reference operation itself on absolute values.
 """
 
-import inspect
-
 import numpy as np
 import pytest
 
@@ -71,20 +69,6 @@ def assert_same_bits(a, b):
     )
 
 
-def test_signatures_are_those_of_the_reference(ops):
-    names = [
-        name
-        for name, value in vars(reference).items()
-        if inspect.isfunction(value)
-        and value.__module__ == reference.__name__
-        and not name.startswith(("_", "check_"))
-    ]
-    assert len(names) > 20
-    for name in names:
-        ours = inspect.signature(getattr(ops, name))
-        assert ours == inspect.signature(getattr(reference, name)), name
-
-
 # ---------------------------------------------------------------- elementwise
 
 SIZES = (0, 1, 31, 33, 257, 4099)
@@ -108,7 +92,8 @@ def test_elementwise(ops, rng, size, offset):
     relu = ops.relu_forward(a)
     assert_close(relu, reference.relu_forward(x), 0.0)
     assert not np.signbit(relu.numpy()[x == 0]).any()
-    assert_close(ops.relu_backward(b, relu), reference.relu_backward(y, relu.numpy()), 0.0)
+    want = reference.relu_backward(y, relu.numpy())
+    assert_close(ops.relu_backward(b, relu), want, 0.0)
     sigmoid = ops.sigmoid_forward(a)
     assert_close(sigmoid, reference.sigmoid_forward(x), 1e-6)
     s = sigmoid.numpy()
@@ -201,7 +186,8 @@ def test_conv2d(ops, rng, precision, case, accumulate):
 
 def check_conv2d(ops, rng, precision, case, accumulate):
     x_shape, w_shape, options = case
-    x, weight, bias = normal(rng, *x_shape), normal(rng, *w_shape), normal(rng, w_shape[0])
+    x, weight = normal(rng, *x_shape), normal(rng, *w_shape)
+    bias = normal(rng, w_shape[0])
     dy = normal(rng, *reference.conv2d_forward(x, weight, bias, **options).shape)
     dweight, dbias = normal(rng, *w_shape), normal(rng, w_shape[0])
     k, c_group, r, s = w_shape
@@ -272,35 +258,45 @@ def check_product(ops, precision, name, arrays, options, accumulate, lengths):
     assert_same_bits(dw, got[1])
 
 
-def test_conv2d_in_parts_of_the_batch(ops, rng, monkeypatch):
-    # room for the column matrix of 2 of the 5 images
-    case = ((5, 3, 6, 7), (4, 3, 3, 3), {"padding": (1, 1)})
-    monkeypatch.setattr(ops, "_COLUMN_BYTES", 2 * 4 * 27 * 42)
-    ops._conv_plan.cache_clear()
-    try:
-        check_conv2d(ops, rng, "fp32", case, accumulate=False)
-        check_conv2d(ops, rng, "fp32", case, accumulate=True)
-    finally:
-        ops._conv_plan.cache_clear()
+@pytest.fixture
+def fresh_plans(ops):
+    """Nothing planned before the test is used in it, nothing of it after."""
+
+    def clear():
+        for value in vars(ops).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+    clear()
+    yield
+    clear()
 
 
 @pytest.mark.parametrize("accumulate", (False, True), ids=("write", "accumulate"))
-def test_products_in_parts_too_large_to_number(ops, rng, monkeypatch, accumulate):
+def test_conv2d_in_parts_of_the_batch(ops, rng, monkeypatch, fresh_plans, accumulate):
+    # room for the column matrix of 2 of the 5 images
+    monkeypatch.setattr(ops, "_COLUMN_BYTES", 2 * 4 * 27 * 42)
+    case = ((5, 3, 6, 7), (4, 3, 3, 3), {"padding": (1, 1)})
+    check_conv2d(ops, rng, "fp32", case, accumulate)
+
+
+@pytest.mark.parametrize("accumulate", (False, True), ids=("write", "accumulate"))
+def test_products_in_parts_too_large_to_number(
+    ops, rng, monkeypatch, fresh_plans, accumulate
+):
     monkeypatch.setattr(ops, "_INT32_MAX", 2000)
-    ops._conv_plan.cache_clear()
-    try:
-        n, i, o = 9, 300, 500
-        arrays = (
-            normal(rng, n, i), normal(rng, o, i), normal(rng, o), normal(rng, n, o),
-            normal(rng, o, i), normal(rng, o),
-        )  # fmt: skip
-        check_product(
-            ops, "fp32", "linear", arrays, {}, accumulate, lengths=(i, o, n, n)
+    n, i, o = 9, 300, 500
+    arrays = (
+        normal(rng, n, i), normal(rng, o, i), normal(rng, o), normal(rng, n, o),
+        normal(rng, o, i), normal(rng, o),
+    )  # fmt: skip
+    check_product(ops, "fp32", "linear", arrays, {}, accumulate, lengths=(i, o, n, n))
+    pointwise = ((7, 4, 10, 10), (8, 4, 1, 1), {})
+    check_conv2d(ops, rng, "fp32", pointwise, accumulate)
+    with pytest.raises(cycnn.ShapeError, match="2100 elements is too large"):
+        ops.linear_forward(
+            on_gpu(normal(rng, 1, 2100)), on_gpu(normal(rng, 1, 2100)), None
         )
-        pointwise = ((7, 4, 10, 10), (8, 4, 1, 1), {})
-        check_conv2d(ops, rng, "fp32", pointwise, accumulate)
-    finally:
-        ops._conv_plan.cache_clear()
 
 
 def test_precision_is_read_at_each_call(ops, rng):
@@ -513,7 +509,9 @@ def test_momentum_needs_its_buffer(ops, rng):
 
 
 @pytest.mark.parametrize("count", (0, 1, 2, 4, 5, 31, 257, 4097))
-@pytest.mark.parametrize("seed, epoch", ((0, 0), (2**64 - 1, 2**32 - 1), (12345678901234, 7)))
+@pytest.mark.parametrize(
+    "seed, epoch", ((0, 0), (2**64 - 1, 2**32 - 1), (12345678901234, 7))
+)
 def test_permutation(ops, count, seed, epoch):
     got = ops.permutation(count, seed, epoch, "cuda").numpy()
     want = reference.permutation(count, seed, epoch, None)
@@ -541,4 +539,5 @@ def test_gather_never_reads_outside(ops):
     rows = ops.gather_images(images, index, 1.0, 0.0).numpy()
     assert np.isnan(rows[1:3]).all()
     np.testing.assert_array_equal(rows[[0, 3]], np.ones((2, 4), np.float32))
-    np.testing.assert_array_equal(ops.gather_labels(labels, index).numpy(), [9, -1, -1, 7])
+    got = ops.gather_labels(labels, index)
+    np.testing.assert_array_equal(got.numpy(), [9, -1, -1, 7])

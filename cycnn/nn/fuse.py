@@ -1,0 +1,306 @@
+"""Runs of layers replaced by one kernel each.
+
+A small network spends its time between kernels: writing an activation to memory and
+reading it back costs more than computing it. ``fuse`` puts a convolution, its ReLU and
+its pooling into one kernel, and a linear layer and its ReLU into another;
+:class:`Objective` does so with the last linear layer, log-softmax and the loss. Forward
+and backward have the same contract as those of the layers that they replace.
+"""
+
+from __future__ import annotations
+
+from ..ops import for_device, fused
+from ..tensor import empty
+from .activation import LogSoftmax, ReLU
+from .conv import Conv2d
+from .layer import Layer, as_gradient, as_input
+from .linear import Linear
+from .loss import NLLLoss
+from .pooling import MaxPool2d
+from .sequential import Sequential
+
+
+def fuse(model) -> Layer:
+    """A model that computes the same with fewer kernels.
+
+    Parameters
+    ----------
+    model : Layer
+        Stays as it is; both share their parameters. Save, load and move ``model``.
+
+    Returns
+    -------
+    Layer
+        For a Sequential, its layers with these runs replaced: Conv2d (of one group,
+        without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
+        padding), the last two if they are there; Linear and ReLU. Any other model
+        comes back unchanged.
+
+    Notes
+    -----
+    What a device has no fused kernel for, all of the CPU among it, runs as the layers
+    that were replaced.
+    """
+    if not isinstance(model, Sequential):
+        return model
+    layers = _flat(model)
+    result = []
+    while layers:
+        run = _conv_run(layers) or _linear_run(layers)
+        if run is None:
+            result.append(layers.pop(0))
+        else:
+            result.append(run)
+            del layers[: len(run.parts)]
+    return FusedSequential(model, result)
+
+
+def _flat(model) -> list:
+    """The layers of a Sequential, and of the Sequentials in it, in order."""
+    layers = []
+    for layer in model:
+        layers += _flat(layer) if type(layer) is Sequential else [layer]
+    return layers
+
+
+# Only the library's own classes are replaced: one that derives from them may differ.
+
+
+def _conv_run(layers):
+    conv = layers[0]
+    if type(conv) is not Conv2d or conv.groups != 1 or conv.dilation != (1, 1):
+        return None
+    parts = [conv]
+    for kind in (ReLU, MaxPool2d):
+        following = layers[len(parts)] if len(parts) < len(layers) else None
+        if type(following) is not kind:
+            continue
+        if kind is MaxPool2d and (
+            following.stride != following.kernel_size or following.padding != (0, 0)
+        ):
+            continue
+        parts.append(following)
+    return FusedConv2d(parts)
+
+
+def _linear_run(layers):
+    if type(layers[0]) is not Linear:
+        return None
+    if len(layers) > 1 and type(layers[1]) is ReLU:
+        return FusedLinear(layers[:2])
+    return FusedLinear(layers[:1])
+
+
+class FusedSequential(Sequential):
+    """What :func:`fuse` makes of a Sequential: its parameters, under their old names."""
+
+    def __init__(self, original, layers):
+        # no pack(): the parameters belong to the original, and stay where they are
+        self._original = original
+        self._layers = tuple(layers)
+        self._first = next(
+            (i for i, layer in enumerate(layers) if layer._walk()),
+            max(len(layers) - 1, 0),
+        )
+
+    def _walk(self, prefix=""):
+        return self._original._walk(prefix)
+
+
+class _Run(Layer):
+    """Layers in a row that a fused kernel may stand for."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def _walk(self, prefix=""):
+        return [found for part in self.parts for found in part._walk(prefix)]
+
+    def forward(self, x):
+        parameters = self.parts[0].weight.data, self.parts[0].bias
+        x = as_input(self.parts[0], x, parameters[0].device)
+        if not self._is_fused(x):
+            for part in self.parts:
+                x = part.forward(x)
+            self._saved = None
+            return x
+        bias = parameters[1]
+        return self._fused_forward(x, parameters[0], None if bias is None else bias.data)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        if self._saved is None:
+            for part in self.parts[:0:-1]:
+                dy = part.backward(dy)
+            return self.parts[0].backward(dy, input_grad, accumulate)
+        weight, bias = self.parts[0].weight, self.parts[0].bias
+        targets = [weight.grad, None if bias is None else bias.grad]
+        if not accumulate:
+            return self._fused_backward(dy, *targets, input_grad)
+        # the fused kernels write, so let them write elsewhere and add that
+        made = [t if t is None else empty(t.shape, device=t.device) for t in targets]
+        dx = self._fused_backward(dy, *made, input_grad)
+        for target, more in zip(targets, made):
+            if target is not None:
+                for_device(target.device).add(target, more, target)
+        return dx
+
+    def _forget(self):
+        self._saved = None
+        for part in self.parts:
+            part._forget()
+
+    def __repr__(self):
+        return " + ".join(map(repr, self.parts))
+
+
+class FusedConv2d(_Run):
+    """y = pool(relu(conv(x))) in one kernel; ReLU and pooling may be missing.
+
+    Of each window forward remembers one byte: which position was the maximum, or that
+    no gradient passes because it was not positive.
+    """
+
+    def __init__(self, parts):
+        super().__init__(parts)
+        kinds = [type(part) for part in parts]
+        self._relu = ReLU in kinds
+        self._pool = parts[-1].kernel_size if MaxPool2d in kinds else None
+
+    def _is_fused(self, x):
+        conv = self.parts[0]
+        shape = conv.weight.shape
+        # what does not fit is refused by the layer itself, in its own words
+        return x.ndim == 4 and x.shape[1] == shape[1] and fused.conv_block_supported(
+            x.device, x.shape, shape, self._pool, conv.stride, conv.padding
+        )
+
+    def _fused_forward(self, x, weight, bias):
+        conv = self.parts[0]
+        y, code = fused.conv_block_forward(
+            x, weight, bias, self._relu, self._pool, conv.stride, conv.padding
+        )
+        self._saved = x, y, code
+        return y
+
+    def _fused_backward(self, dy, dweight, dbias, input_grad):
+        x, y, code = self._remembered()
+        conv = self.parts[0]
+        dx = fused.conv_block_backward(
+            as_gradient(self, dy, y.shape, y.device),
+            y,
+            code,
+            x,
+            conv.weight.data,
+            dweight,
+            dbias,
+            self._relu,
+            self._pool,
+            conv.stride,
+            conv.padding,
+            input_grad,
+        )
+        self._saved = None
+        return dx
+
+
+class FusedLinear(_Run):
+    """y = relu(x W^T + b) in one kernel; ReLU may be missing."""
+
+    def _is_fused(self, x):
+        # what does not fit is refused by the layer itself, in its own words
+        return x.ndim == 2 and fused.linear_block_supported(x.device)
+
+    def _fused_forward(self, x, weight, bias):
+        relu = len(self.parts) > 1
+        y = fused.linear_block_forward(x, weight, bias, relu)
+        self._saved = x, y
+        return y
+
+    def _fused_backward(self, dy, dweight, dbias, input_grad):
+        x, y = self._remembered()
+        dx = fused.linear_block_backward(
+            as_gradient(self, dy, y.shape, y.device),
+            y,
+            x,
+            self.parts[0].weight.data,
+            dweight,
+            dbias,
+            len(self.parts) > 1,
+            input_grad,
+        )
+        self._saved = None
+        return dx
+
+
+class Objective:
+    """A model and its loss as one: what training makes small.
+
+    Parameters
+    ----------
+    model : Layer
+    loss : Loss
+    fused : bool
+        Whether to :func:`fuse` the model, and a final Linear and LogSoftmax with an
+        NLLLoss.
+    """
+
+    def __init__(self, model, loss, fused=False):
+        self.model = fuse(model) if fused else model
+        self.loss = loss
+        self._body, self._linear = self.model, None
+        if fused and isinstance(self.model, FusedSequential) and type(loss) is NLLLoss:
+            layers = self.model._layers
+            if len(layers) > 1 and _is_head(layers[-2:]):
+                self._linear = layers[-2].parts[0]
+                self._body = FusedSequential(self.model._original, layers[:-2])
+        self._saved = None
+
+    def forward(self, x, labels):
+        """The model's output and the loss: (N, F) and (), on the device."""
+        linear = self._linear
+        features = self._body(x)
+        if linear is None or not (
+            features.shape[1:] == linear.weight.shape[1:]
+            and fused.head_supported(features.device, *linear.weight.shape[::-1])
+        ):
+            self._saved = None
+            scores = features
+            if linear is not None:
+                for layer in self.model._layers[-2:]:
+                    scores = layer(scores)
+            return scores, self.loss(scores, labels)
+        bias = None if linear.bias is None else linear.bias.data
+        log_probs, value, dlogits = fused.head_forward(
+            features, linear.weight.data, bias, labels
+        )
+        self._saved = features, dlogits
+        return log_probs, value
+
+    def backward(self):
+        """Fill the gradients of all parameters."""
+        if self._saved is None:
+            dy = self.loss.backward()
+            if self._linear is not None:
+                for layer in self.model._layers[:-3:-1]:
+                    dy = layer.backward(dy)
+        else:
+            (features, dlogits), self._saved = self._saved, None
+            weight, bias = self._linear.weight, self._linear.bias
+            dy = fused.head_backward(
+                dlogits,
+                features,
+                weight.data,
+                weight.grad,
+                None if bias is None else bias.grad,
+                True,
+            )
+        self._body.backward(dy, input_grad=False)
+
+
+def _is_head(layers) -> bool:
+    linear, softmax = layers
+    return (
+        isinstance(linear, FusedLinear)
+        and len(linear.parts) == 1
+        and type(softmax) is LogSoftmax
+    )

@@ -1,0 +1,94 @@
+"""Fused operations, on the GPUs that have kernels for them.
+
+Each computes what a run of the operations of :mod:`cycnn.ops.reference` does:
+
+    conv_block      conv2d, relu (if ``relu``), maxpool2d (if ``pool``)
+    linear_block    linear, relu (if ``relu``)
+    head            linear, log_softmax, nll_loss
+
+The kernels (``cuda/templates``) are compiled for the shapes of a layer when it first
+runs, and cached. That takes NVRTC; without it, and on the CPU, nothing is supported.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+_log = logging.getLogger("cycnn")
+
+
+@functools.lru_cache(maxsize=None)
+def _modules():
+    """The modules of the forward and the backward kernels, or None without NVRTC."""
+    from ..errors import CudaError
+    from ..gpu import compile as kernel_compile
+
+    try:
+        kernel_compile.nvrtc_version()
+    except CudaError as error:
+        _log.info("layers run unfused: %s", error)
+        return None
+    from . import fused_cuda_backward, fused_cuda_forward
+
+    return fused_cuda_forward, fused_cuda_backward
+
+
+@functools.lru_cache(maxsize=512)
+def conv_block_supported(device, x_shape, w_shape, pool, stride, padding) -> bool:
+    """Whether the device has both kernels of a convolution block of this shape."""
+    if not device.is_cuda or _modules() is None:
+        return False
+    forward, backward = _modules()
+    given = x_shape, w_shape, pool, stride, padding, device.index
+    return forward.conv_block_supported(*given) and (
+        backward.conv_block_backward_supported(*given)
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def linear_block_supported(device) -> bool:
+    """Whether the device has both kernels of a linear layer."""
+    if not device.is_cuda or _modules() is None:
+        return False
+    from ..gpu import device as gpu_device
+
+    return gpu_device.get(device.index).capability >= (8, 0)
+
+
+@functools.lru_cache(maxsize=512)
+def head_supported(device, inputs, classes) -> bool:
+    """Whether the device has both kernels of a head, which is for few weights."""
+    if not linear_block_supported(device):
+        return False
+    return _modules()[0].head_supported(inputs, classes, device.index)
+
+
+def conv_block_forward(x, weight, bias, relu, pool, stride, padding):
+    return _modules()[0].conv_block_forward(x, weight, bias, relu, pool, stride, padding)
+
+
+def conv_block_backward(
+    dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
+):
+    return _modules()[1].conv_block_backward(
+        dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
+    )
+
+
+def linear_block_forward(x, weight, bias, relu):
+    return _modules()[0].linear_block_forward(x, weight, bias, relu)
+
+
+def linear_block_backward(dy, y, x, weight, dweight, dbias, relu, need_dx):
+    return _modules()[1].linear_block_backward(
+        dy, y, x, weight, dweight, dbias, relu, need_dx
+    )
+
+
+def head_forward(x, weight, bias, labels):
+    return _modules()[0].head_forward(x, weight, bias, labels)
+
+
+def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
+    return _modules()[1].head_backward(dlogits, x, weight, dweight, dbias, need_dx)

@@ -1,0 +1,100 @@
+"""Fused layers on a GPU: they train as the layers that they replace."""
+
+import numpy as np
+import pytest
+from training import digest, figures, patterns
+
+import cycnn
+from cycnn import nn, optim
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["fp32", "tf32", "bf16"])
+def precision(request):
+    cycnn.set_precision(request.param)
+    yield request.param
+    cycnn.set_precision("fp32")
+
+
+# Of the norm: what a layer's rounding of its operands may become over a network of them,
+# in which a rounded activation may also fall to the other side of a ReLU.
+TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1.5e-1}
+
+NETWORKS = {
+    "reference": (nn.reference_network, (33, 1, 28, 28)),
+    "one image": (nn.reference_network, (1, 1, 28, 28)),
+    "LeNet-5": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
+            nn.Linear(84, 10), nn.LogSoftmax(),
+        ),
+        (31, 1, 28, 28),
+    ),
+    "colour, strided, odd": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 13, 7, stride=2, padding=3, bias=False), nn.ReLU(),
+            nn.Conv2d(13, 24, 1), nn.MaxPool2d(2),
+            nn.Conv2d(24, 31, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3),
+            nn.Conv2d(31, 8, (2, 1)), nn.Sigmoid(),
+            nn.Flatten(), nn.Linear(16, 10), nn.LogSoftmax(),
+        ),
+        (9, 3, 33, 31),
+    ),
+}  # fmt: skip
+
+
+def close(found, expected, precision):
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < TOLERANCE[precision]  # NaN is not
+
+
+def one_step(model, objective, x, labels):
+    scores, value = objective.forward(x, labels)
+    objective.backward()
+    grads = [p.grad.numpy() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad.fill_(np.nan)
+    return [scores.numpy(), value.numpy(), *grads]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_step_is_that_of_the_unfused_layers(network, precision):
+    make, shape = NETWORKS[network]
+    cycnn.manual_seed(3)
+    model = make().to("cuda")
+    rng = np.random.default_rng(4)
+    # multiples of 1/8 and 1/64: no two candidates of a pooling window nearly tie
+    x = cycnn.Tensor(np.round(8 * rng.standard_normal(shape)) / 8, "cuda")
+    state = {k: np.round(v * 64) / 64 for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    labels = cycnn.Tensor(rng.integers(0, 10, shape[0]), "cuda")
+    cycnn.set_precision("fp32")
+    plain = one_step(model, nn.Objective(model, nn.NLLLoss()), x, labels)
+    cycnn.set_precision(precision)
+    together = nn.Objective(model, nn.NLLLoss(), fused=True)
+    found = one_step(model, together, x, labels)
+    for ours, expected in zip(found, plain):
+        close(ours, expected, precision)
+    again = one_step(model, together, x, labels)
+    for ours, same in zip(again, found):
+        np.testing.assert_array_equal(ours, same)
+
+
+def test_captured_equals_eager(precision):
+    train = patterns(300, side=28, classes=10)
+    results = []
+    for capture in (False, True, True):
+        cycnn.manual_seed(0)
+        model = nn.reference_network().to("cuda")
+        optimizer = optim.RMSprop(
+            model.parameters(), lr=0.001, initial_accumulator=1e-3
+        )
+        trainer = cycnn.Trainer(
+            model, nn.NLLLoss(), optimizer, optim.schedules.linear(), capture, fuse=True
+        )
+        history = figures(trainer.fit(train, 2, 128, seed=1, test=train))
+        results.append((history, digest(trainer)))
+    assert results[0] == results[1] == results[2]

@@ -1,0 +1,376 @@
+"""The fused forward kernels against the operations they fuse, in float64.
+
+Tolerances are bounds. A sum of L products in float32 is off by at most about L units of
+roundoff of the sum of the absolute products, two units where tensor cores truncate; the
+rounded operands add their own. "fp32" splits each operand into two tf32 numbers: what
+is left out of a product, its rest and the product of both rests, is below 2^-21 of it.
+"""
+
+import numpy as np
+import pytest
+
+import cycnn
+from cycnn import Tensor
+from cycnn.errors import ShapeError
+from cycnn.ops import reference
+
+F32 = 2.0**-24
+OPERANDS = {"fp32": 2.0**-21, "tf32": 2.0**-10, "bf16": 2.0**-7}  # of a product
+
+# x, (K, R, S), relu, bias, pool, stride, padding
+CONVOLUTIONS = [
+    ((128, 32, 12, 12), (64, 5, 5), True, True, (2, 2), (1, 1), (0, 0)),
+    ((13, 64, 4, 4), (128, 3, 3), True, True, None, (1, 1), (0, 0)),
+    ((9, 6, 14, 14), (16, 5, 5), True, True, (2, 2), (1, 1), (0, 0)),
+    ((3, 64, 16, 16), (128, 3, 3), True, True, (2, 2), (1, 1), (1, 1)),
+    ((20, 40, 4, 4), (72, 3, 3), True, True, None, (1, 1), (1, 1)),
+    ((3, 5, 9, 11), (10, 3, 3), False, True, None, (1, 1), (1, 1)),
+    ((7, 16, 8, 8), (24, 1, 1), True, False, (3, 3), (1, 1), (0, 0)),
+    ((4, 8, 15, 15), (12, 3, 3), True, True, None, (2, 2), (1, 1)),
+    ((2, 12, 20, 18), (40, 7, 7), False, True, (3, 3), (1, 1), (3, 3)),
+    ((6, 33, 7, 5), (17, 2, 4), True, False, (2, 1), (1, 2), (1, 2)),
+    ((2, 7, 30, 30), (9, 3, 3), True, True, (4, 2), (3, 3), (0, 0)),
+    ((1, 130, 3, 3), (1, 3, 3), True, True, None, (1, 1), (0, 0)),
+]
+FIRST_CONVOLUTIONS = [
+    ((128, 1, 28, 28), (32, 5, 5), True, True, (2, 2), (1, 1), (0, 0)),
+    ((4, 1, 28, 28), (6, 5, 5), True, True, (2, 2), (1, 1), (2, 2)),
+    ((3, 3, 32, 32), (64, 3, 3), True, True, None, (1, 1), (1, 1)),
+    ((3, 3, 37, 33), (20, 7, 7), True, True, (3, 3), (2, 2), (3, 3)),
+    ((3, 2, 9, 9), (5, 3, 3), False, False, (2, 3), (1, 1), (0, 0)),
+    ((2, 4, 16, 16), (130, 3, 3), True, True, None, (2, 1), (1, 1)),
+    ((1, 1, 5, 300), (3, 1, 1), True, True, None, (1, 1), (0, 0)),
+]
+# x, first (K, R, S, pool, padding), second
+PAIRS = [
+    ((128, 1, 28, 28), (32, 5, 5, (2, 2), (0, 0)), (64, 5, 5, (2, 2), (0, 0))),
+    ((5, 1, 28, 28), (6, 5, 5, (2, 2), (2, 2)), (16, 5, 5, (2, 2), (0, 0))),
+    ((6, 3, 20, 20), (20, 3, 3, (2, 2), (1, 1)), (30, 3, 3, None, (1, 1))),
+    ((3, 3, 17, 13), (10, 3, 3, None, (1, 1)), (9, 2, 4, (3, 2), (1, 2))),
+]
+
+
+@pytest.fixture(scope="module")
+def ops():
+    from cycnn.ops import fused_cuda_forward
+
+    return fused_cuda_forward
+
+
+@pytest.fixture(autouse=True)
+def poison(ops, monkeypatch):
+    """New memory is full of NaN and 255: what a kernel does not write shows."""
+    empty = ops.empty_on_gpu
+
+    def poisoned(shape, dtype, device):
+        tensor = empty(shape, dtype, device)
+        if tensor.size:
+            tensor.fill_(float("nan") if dtype == np.float32 else 255)
+        return tensor
+
+    monkeypatch.setattr(ops, "empty_on_gpu", poisoned)
+
+
+@pytest.fixture(params=OPERANDS)
+def precision(request):
+    before = cycnn.get_precision()
+    cycnn.set_precision(request.param)
+    yield request.param
+    cycnn.set_precision(before)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(21)
+
+
+def on_gpu(array):
+    return None if array is None else Tensor(array, "cuda")
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def numpy(tensors):
+    return [None if tensor is None else tensor.numpy() for tensor in tensors]
+
+
+def assert_same_bits(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.tobytes() == b.tobytes()
+
+
+def product_bound(precision, length, absolute):
+    return (OPERANDS[precision] + 2.0 * (length + 4) * F32) * absolute
+
+
+def assert_close(got, want, bound):
+    """|got - want| <= bound, and NaN where NaN is wanted."""
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    error = np.abs(np.nan_to_num(got.astype(np.float64) - want))
+    worst = np.max(error / np.nan_to_num(bound, nan=1.0), initial=0.0)
+    assert worst <= 1.0, f"off by up to {worst:.3g} bounds"
+
+
+def windows(z, pool):
+    """(N, K, P', Q', positions) of (N, K, P, Q)."""
+    n, k, p, q = z.shape
+    high, wide = pool or (1, 1)
+    rows, columns = p // high, q // wide
+    z = z[:, :, : rows * high, : columns * wide]
+    z = z.reshape(n, k, rows, high, columns, wide).transpose(0, 1, 2, 4, 3, 5)
+    return z.reshape(n, k, rows, columns, high * wide)
+
+
+def check_block(precision, y, code, x, weight, bias, relu, pool, stride, padding):
+    z = reference.conv2d_forward(x, weight, bias, stride, padding)
+    absolute = reference.conv2d_forward(
+        np.abs(x),
+        np.abs(weight),
+        None if bias is None else np.abs(bias),
+        stride,
+        padding,
+    )
+    bound = product_bound(precision, weight[0].size, absolute)
+    candidates, bounds = windows(z, pool), windows(bound, pool).max(-1)
+    want = candidates.max(-1)
+    assert_close(y, reference.relu_forward(want) if relu else want, bounds)
+    if pool is None:
+        assert code is None
+        return
+    assert code.dtype == np.uint8 and code.max() <= candidates.shape[-1]
+    np.testing.assert_array_equal(code == 0, relu & (y <= 0))
+    position = np.maximum(code.astype(int) - 1, 0)[..., None]
+    taken = np.take_along_axis(candidates, position, -1)[..., 0]
+    assert (np.isnan(want) | (code == 0) | (taken >= want - 2 * bounds)).all()
+
+
+def block_arguments(rng, x_shape, filter_shape, bias):
+    outputs, *extent = filter_shape
+    x = normal(rng, *x_shape)
+    weight = normal(rng, outputs, x_shape[1], *extent)
+    return x, weight, normal(rng, outputs) if bias else None
+
+
+@pytest.mark.parametrize(
+    "x_shape, filter_shape, relu, bias, pool, stride, padding",
+    CONVOLUTIONS + FIRST_CONVOLUTIONS,
+)
+def test_conv_block(
+    ops, precision, rng, x_shape, filter_shape, relu, bias, pool, stride, padding
+):
+    x, weight, bias = block_arguments(rng, x_shape, filter_shape, bias)
+    geometry = relu, pool, stride, padding
+    given = on_gpu(x), on_gpu(weight), on_gpu(bias)
+    assert ops.conv_block_supported(
+        x_shape, weight.shape, pool, stride, padding, given[0].device.index
+    )
+    got = numpy(ops.conv_block_forward(*given, *geometry))
+    check_block(precision, *got, x, weight, bias, *geometry)
+    assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry)))
+    packed = ops.pack_filter(given[1], x_shape, pool, stride, padding)
+    assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry, packed)))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 97])
+def test_conv_block_of_any_batch(ops, precision, rng, n):
+    for channels in (1, 8):
+        x, weight, bias = block_arguments(rng, (n, channels, 6, 6), (16, 3, 3), True)
+        geometry = True, (2, 2), (1, 1), (1, 1)
+        y, code = ops.conv_block_forward(*map(on_gpu, (x, weight, bias)), *geometry)
+        assert y.shape == code.shape == (n, 16, 3, 3)
+        if n:
+            check_block(precision, y.numpy(), code.numpy(), x, weight, bias, *geometry)
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+def test_first_of_equal_candidates_wins(ops, precision, channels):
+    x = on_gpu(np.ones((2, channels, 8, 8), np.float32))
+    weight = on_gpu(np.ones((8, channels, 3, 3), np.float32))
+    y, code = ops.conv_block_forward(x, weight, None, True, (2, 2))
+    np.testing.assert_array_equal(y.numpy(), 9.0 * channels)
+    np.testing.assert_array_equal(code.numpy(), 1)
+
+
+@pytest.mark.parametrize("channels", [1, 16])
+def test_nan_goes_where_it_belongs(ops, precision, rng, channels):
+    x, weight, bias = block_arguments(rng, (3, channels, 10, 10), (8, 3, 3), True)
+    x[1, 0, 4, 7] = np.nan
+    geometry = True, (2, 2), (1, 1), (0, 0)
+    y, code = ops.conv_block_forward(*map(on_gpu, (x, weight, bias)), *geometry)
+    assert np.isnan(y.numpy()).any()
+    check_block(precision, y.numpy(), code.numpy(), x, weight, bias, *geometry)
+
+
+def test_shapes_that_do_not_fit(ops, rng):
+    x, weight, bias = map(on_gpu, block_arguments(rng, (2, 8, 6, 6), (16, 3, 3), True))
+    with pytest.raises(ShapeError):
+        ops.conv_block_forward(x, bias, bias, True, None)
+    with pytest.raises(ShapeError):
+        ops.conv_block_forward(x, weight, bias, True, (7, 7))
+    with pytest.raises(ShapeError):
+        ops.linear_block_forward(bias, weight, None, True)
+
+
+def gathered(rng, ops, n, shape):
+    images = rng.integers(0, 256, (50, *shape), dtype=np.uint8)
+    index = rng.integers(0, 50, n, dtype=np.int32)
+    scale, shift = 1 / 255, -0.5
+    x = images[index] * np.float32(scale) + np.float32(shift)
+    written = on_gpu(np.full(x.shape, np.nan, np.float32))
+    batch = ops.Gather(on_gpu(images), on_gpu(index), scale, shift, written)
+    return x, batch, written
+
+
+def test_first_convolution_gathers_its_batch(ops, precision, rng):
+    x, batch, written = gathered(rng, ops, 7, (1, 28, 28))
+    _, weight, bias = block_arguments(rng, x.shape, (6, 5, 5), True)
+    geometry = True, (2, 2), (1, 1), (2, 2)
+    got = ops.conv_block_forward(batch, on_gpu(weight), on_gpu(bias), *geometry)
+    np.testing.assert_allclose(written.numpy(), x, rtol=0, atol=2 * F32)
+    check_block(precision, *numpy(got), written.numpy(), weight, bias, *geometry)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("x_shape, first, second", PAIRS)
+def test_conv_pair(ops, precision, rng, x_shape, first, second, gather):
+    if gather:
+        x, source, written = gathered(rng, ops, x_shape[0], x_shape[1:])
+    else:
+        x = normal(rng, *x_shape)
+        source = on_gpu(x)
+    arguments, channels = [], x_shape[1]
+    for k, r, s, pool, padding in (first, second):
+        # about as large as its input, so that no layer's bound is about nothing
+        weight = normal(rng, k, channels, r, s) / np.float32(channels * r * s) ** 0.5
+        arguments.append((weight, normal(rng, k), True, pool, (1, 1), padding))
+        channels = k
+    blocks = [
+        ops.ConvBlock(on_gpu(weight), on_gpu(bias), *geometry)
+        for weight, bias, *geometry in arguments
+    ]
+    if not ops.conv_pair_supported(x_shape, *blocks, gather):
+        # two tf32 halves of both operands do not fit beside each other
+        assert precision == "fp32"
+        with pytest.raises(NotImplementedError):
+            ops.conv_pair_forward(source, *blocks)
+        return
+    got = numpy(ops.conv_pair_forward(source, *blocks))
+    if gather:
+        np.testing.assert_allclose(written.numpy(), x, rtol=0, atol=2 * F32)
+        x = written.numpy()
+    check_block(precision, *got[:2], x, *arguments[0])
+    check_block(precision, *got[2:], got[0], *arguments[1])
+    assert_same_bits(got, numpy(ops.conv_pair_forward(source, *blocks)))
+    packed = ops.pack_pair_filter(x_shape, *blocks, gather)
+    assert_same_bits(got, numpy(ops.conv_pair_forward(source, *blocks, packed)))
+
+
+def linear(precision, x, weight, bias, relu):
+    """(y in float64, its bound)"""
+    y = reference.linear_forward(x, weight, bias)
+    absolute = reference.linear_forward(np.abs(x), np.abs(weight), np.abs(bias))
+    bound = product_bound(precision, x.shape[1], absolute)
+    return (reference.relu_forward(y) if relu else y), bound
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(
+    "n, inputs, outputs",
+    [(128, 512, 128), (1, 1, 1), (5, 7, 3), (33, 130, 70), (200, 1000, 300)],
+)
+def test_linear_block(ops, precision, rng, n, inputs, outputs, relu):
+    x, weight, bias = (
+        normal(rng, n, inputs), normal(rng, outputs, inputs), normal(rng, outputs),
+    )  # fmt: skip
+    given = on_gpu(x), on_gpu(weight), on_gpu(bias), relu
+    got = ops.linear_block_forward(*given).numpy()
+    assert_close(got, *linear(precision, x, weight, bias, relu))
+    assert_same_bits([got], [ops.linear_block_forward(*given).numpy()])
+
+
+def check_head(log_probs, losses, dlogits, logits, bound, labels):
+    """losses: one an image, or their mean; bound: of the logits."""
+    n, classes = logits.shape
+    want = reference.log_softmax_forward(logits)
+    # log-sum-exp is off by no more than the worst logit; expf and logf by a few units
+    row = bound.max(1, keepdims=True) + 8 * F32 * (
+        1 + np.abs(logits).max(1, keepdims=True)
+    )
+    row = row + classes * F32
+    assert_close(log_probs, want, np.broadcast_to(2 * row, want.shape))
+    terms = -want[np.arange(n), labels]
+    if losses.shape:
+        assert_close(losses, terms, 2 * row[:, 0])
+    else:
+        assert_close(
+            losses, terms.mean(), 2 * row.max() + n * F32 * np.abs(terms).mean()
+        )
+    gradient = reference.cross_entropy_backward(want, labels)
+    # the derivative of exp: at most e^bound - 1 of a probability below 1
+    assert_close(dlogits, gradient, np.broadcast_to(np.expm1(3 * row) / n, want.shape))
+
+
+@pytest.mark.parametrize(
+    "n, inputs, classes",
+    [(128, 128, 10), (1, 5, 2), (5, 33, 3), (200, 64, 100), (17, 100, 1000)],
+)
+def test_head(ops, precision, rng, n, inputs, classes):
+    x, weight, bias = (
+        normal(rng, n, inputs),
+        normal(rng, classes, inputs) / np.float32(inputs) ** 0.5,
+        normal(rng, classes),
+    )
+    labels = rng.integers(0, classes, n, dtype=np.int32)
+    given = [on_gpu(array) for array in (x, weight, bias, labels)]
+    got = numpy(ops.head_forward(*given))
+    check_head(*got, *linear(precision, x, weight, bias, False), labels)
+    assert_same_bits(got, numpy(ops.head_forward(*given)))
+
+
+@pytest.mark.parametrize(
+    "n, inputs, hidden, classes",
+    [(128, 512, 128, 10), (1, 5, 7, 2), (5, 33, 20, 3), (200, 100, 256, 32)],
+)
+def test_tail(ops, precision, rng, n, inputs, hidden, classes):
+    x, weight, bias = (
+        normal(rng, n, inputs),
+        normal(rng, hidden, inputs) / np.float32(inputs) ** 0.5,
+        normal(rng, hidden),
+    )
+    weight_out = normal(rng, classes, hidden) / np.float32(hidden) ** 0.5
+    bias_out = normal(rng, classes)
+    labels = rng.integers(0, classes, n, dtype=np.int32)
+    given = [on_gpu(array) for array in (x, weight, bias)]
+    given += [True, *map(on_gpu, (weight_out, bias_out, labels))]
+    if not ops.tail_supported(inputs, hidden, classes, given[0].device.index):
+        with pytest.raises(NotImplementedError):
+            ops.tail_forward(*given)
+        return
+    got = numpy(ops.tail_forward(*given))
+    assert_close(got[0], *linear(precision, x, weight, bias, True))
+    # the head is float32 in every precision
+    logits = linear("fp32", got[0], weight_out, bias_out, False)
+    check_head(*got[1:], *logits, labels)
+    assert_same_bits(got, numpy(ops.tail_forward(*given)))
+
+
+def test_label_that_is_no_class(ops, rng):
+    x, weight = on_gpu(normal(rng, 4, 8)), on_gpu(normal(rng, 3, 8))
+    for label in (-1, 3):
+        labels = on_gpu(np.array([0, 1, label, 2], np.int32))
+        _, loss, _ = ops.head_forward(x, weight, None, labels)
+        assert np.isnan(loss.numpy())
+
+
+def test_head_of_no_rows(ops, rng):
+    x, labels = on_gpu(normal(rng, 0, 8)), on_gpu(np.zeros(0, np.int32))
+    log_probs, loss, dlogits = ops.head_forward(
+        x, on_gpu(normal(rng, 3, 8)), None, labels
+    )
+    assert log_probs.shape == dlogits.shape == (0, 3)
+    assert np.isnan(loss.numpy())

@@ -1,0 +1,252 @@
+"""Fused layers: what is replaced, and that the wiring computes the same.
+
+The kernels need a GPU. Here their contract is met by the unfused operations, so that the
+layers which call them can be tested.
+"""
+
+import numpy as np
+import pytest
+from training import digest, figures, make_trainer, patterns
+
+import cycnn
+from cycnn import nn, optim
+from cycnn.nn.fuse import FusedConv2d, FusedLinear, FusedSequential
+from cycnn.ops import cpu, fused
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(cycnn.devices, "_default", cycnn.devices.CPU)
+
+
+def positions_of(code, pool, x_shape):
+    """What maxpool2d_backward takes, from the byte of a fused block."""
+    index = np.maximum(code.astype(np.int32) - 1, 0)
+    p, q = np.indices(code.shape[2:])
+    rows = p * pool[0] + index // pool[1]
+    return rows * x_shape[3] + q * pool[1] + index % pool[1]
+
+
+def conv_block_forward(x, weight, bias, relu, pool, stride, padding):
+    z = cpu.conv2d_forward(x, weight, bias, stride, padding)
+    if relu:
+        z = cpu.relu_forward(z)
+    if pool is None:
+        return z, None
+    y, positions = cpu.maxpool2d_forward(z, pool, pool)
+    p, q = np.indices(y.shape[2:])
+    row, column = np.divmod(positions.array, z.shape[3])
+    code = 1 + (row - p * pool[0]) * pool[1] + (column - q * pool[1])
+    if relu:
+        code = np.where(y.array > 0, code, 0)
+    return y, cycnn.Tensor(code.astype(np.uint8), "cpu")
+
+
+def conv_block_backward(
+    dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
+):
+    if pool is not None:
+        z_shape = cpu.conv2d_forward(x, weight, None, stride, padding).shape
+        masked = cycnn.Tensor(np.where(code.array > 0, dy.array, 0), "cpu")
+        positions = cycnn.Tensor(positions_of(code.array, pool, z_shape), "cpu")
+        dy = cpu.maxpool2d_backward(masked, positions, z_shape, pool, pool)
+    elif relu:
+        dy = cpu.relu_backward(dy, y)
+    return cpu.conv2d_backward(
+        dy, x, weight, dweight, dbias, stride, padding, need_dx=need_dx
+    )
+
+
+def linear_block_forward(x, weight, bias, relu):
+    y = cpu.linear_forward(x, weight, bias)
+    return cpu.relu_forward(y) if relu else y
+
+
+def linear_block_backward(dy, y, x, weight, dweight, dbias, relu, need_dx):
+    dy = cpu.relu_backward(dy, y) if relu else dy
+    return cpu.linear_backward(dy, x, weight, dweight, dbias, need_dx)
+
+
+def head_forward(x, weight, bias, labels):
+    loss, log_probs = cpu.cross_entropy_forward(
+        cpu.linear_forward(x, weight, bias), labels
+    )
+    return log_probs, loss, cpu.cross_entropy_backward(log_probs, labels)
+
+
+def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
+    return cpu.linear_backward(dlogits, x, weight, dweight, dbias, need_dx)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stand-ins for the kernels; the list of those that ran."""
+    ran = []
+
+    def stand_in(function):
+        def run(*args):
+            ran.append(function.__name__)
+            return function(*args)
+
+        return run
+
+    for function in (
+        conv_block_forward,
+        conv_block_backward,
+        linear_block_forward,
+        linear_block_backward,
+        head_forward,
+        head_backward,
+    ):
+        monkeypatch.setattr(fused, function.__name__, stand_in(function))
+    for name in ("conv_block_supported", "linear_block_supported", "head_supported"):
+        monkeypatch.setattr(fused, name, lambda *_: True)
+    return ran
+
+
+def kinds(model):
+    return [type(layer).__name__ for layer in nn.fuse(model)]
+
+
+def test_runs_that_are_replaced():
+    assert kinds(nn.reference_network()) == [
+        *["FusedConv2d"] * 3, "Flatten", "FusedLinear", "FusedLinear", "LogSoftmax",
+    ]  # fmt: skip
+    layers = nn.fuse(nn.reference_network())
+    assert [len(layer.parts) for layer in layers if hasattr(layer, "parts")] == [
+        3, 3, 2, 2, 1,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        ([nn.Conv2d(2, 2, 3, groups=2), nn.ReLU()], ["Conv2d", "ReLU"]),
+        ([nn.Conv2d(2, 2, 3, dilation=2)], ["Conv2d"]),
+        ([nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, 2)], ["FusedConv2d", "MaxPool2d"]),
+        ([nn.Conv2d(2, 2, 3), nn.MaxPool2d(2, padding=1)], ["FusedConv2d", "MaxPool2d"]),
+        ([nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.ReLU()], ["FusedConv2d", "ReLU"]),
+        ([nn.Conv2d(2, 2, 3), nn.Sigmoid()], ["FusedConv2d", "Sigmoid"]),
+        ([nn.ReLU(), nn.Linear(2, 3)], ["ReLU", "FusedLinear"]),
+        ([nn.Sequential(nn.Linear(2, 3)), nn.ReLU()], ["FusedLinear"]),
+        ([], []),
+    ],
+)
+def test_what_fits_is_replaced_and_the_rest_stays(layers, expected):
+    assert kinds(nn.Sequential(*layers)) == expected
+
+
+def test_classes_of_the_user_are_left_alone():
+    class MyConv(nn.Conv2d):
+        pass
+
+    class MyModel(nn.Layer):
+        pass
+
+    assert kinds(nn.Sequential(MyConv(1, 1, 3), nn.ReLU())) == ["MyConv", "ReLU"]
+    model = MyModel()
+    assert nn.fuse(model) is model
+
+
+def test_parameters_are_shared_and_keep_names_and_places():
+    model = nn.reference_network()
+    places = [p.data.ptr for p in model.parameters()]
+    together = nn.fuse(model)
+    assert isinstance(together, FusedSequential)
+    assert together.parameters() == model.parameters()
+    assert [n for n, _ in together.named_parameters()] == [
+        n for n, _ in model.named_parameters()
+    ]
+    assert [p.data.ptr for p in model.parameters()] == places
+    assert model.parameters()[0].name == "0.weight"
+
+
+NETWORKS = {
+    "reference": (nn.reference_network, (5, 1, 28, 28)),
+    "odd": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.MaxPool2d((1, 2)),
+            nn.Conv2d(4, 5, 1), nn.ReLU(),
+            nn.Conv2d(5, 6, (2, 3)), nn.Sigmoid(),
+            nn.Flatten(), nn.Linear(6 * 6 * 2, 7, bias=False), nn.LogSoftmax(),
+        ),
+        (3, 3, 13, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_forward_and_backward_as_unfused(network, supported, calls, monkeypatch):
+    if not supported:
+        monkeypatch.setattr(fused, "conv_block_supported", lambda *_: False)
+        monkeypatch.setattr(fused, "linear_block_supported", lambda *_: False)
+    make, shape = NETWORKS[network]
+    model = make()
+    together = nn.fuse(model)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    expected = model(x)
+    dy = rng.standard_normal(expected.shape, dtype=np.float32)
+    dx = model.backward(dy).numpy()
+    grads = [p.grad.numpy() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad.fill_(np.nan)
+    np.testing.assert_array_equal(together(x).numpy(), expected.numpy())
+    np.testing.assert_array_equal(together.backward(dy).numpy(), dx)
+    for p, grad in zip(model.parameters(), grads):
+        np.testing.assert_array_equal(p.grad.numpy(), grad)
+    together(x)
+    assert together.backward(dy, input_grad=False, accumulate=True) is None
+    for p, grad in zip(model.parameters(), grads):
+        np.testing.assert_allclose(p.grad.numpy(), 2 * grad, rtol=1e-5, atol=1e-6)
+    assert bool(calls) == supported
+
+
+def test_backward_needs_a_forward(calls):
+    together = nn.fuse(nn.reference_network())
+    x = np.zeros((2, 1, 28, 28), np.float32)
+    y = together(x)
+    together.backward(y)
+    with pytest.raises(RuntimeError, match="backward without a forward"):
+        together.backward(y)
+
+
+@pytest.mark.parametrize("make_loss", [nn.NLLLoss, nn.CrossEntropyLoss])
+@pytest.mark.parametrize("supported", [True, False])
+def test_an_objective_is_model_and_loss(make_loss, supported, calls, monkeypatch):
+    if not supported:
+        monkeypatch.setattr(fused, "head_supported", lambda *_: False)
+    model, loss = nn.reference_network(), make_loss()
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((5, 1, 28, 28), dtype=np.float32)
+    labels = cycnn.Tensor(rng.integers(0, 10, 5), "cpu")
+    results = []
+    for together in (False, True):
+        objective = nn.Objective(model, loss, together)
+        scores, value = objective.forward(x, labels)
+        objective.backward()
+        results.append(
+            [scores.numpy(), value.numpy(), *(p.grad.numpy() for p in model.parameters())]
+        )
+    for one, other in zip(*results):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert ("head_forward" in calls) == (supported and make_loss is nn.NLLLoss)
+
+
+def test_training_fused_on_a_device_without_kernels():
+    train, test = patterns(200), patterns(70, seed=9)
+    trainers = [make_trainer(optim.schedules.linear()) for _ in range(2)]
+    histories = []
+    for trainer, together in zip(trainers, (False, True)):
+        trainer.fuse = together
+        histories.append(figures(trainer.fit(train, 2, 32, seed=5, test=test)))
+    assert histories[0] == histories[1]
+    assert digest(trainers[0]) == digest(trainers[1])
+
+
+def test_the_representation_names_the_parts():
+    text = repr(nn.fuse(nn.reference_network()))
+    assert "Conv2d(1, 32, kernel_size=(5, 5), 832 parameters) + ReLU() + MaxPool2d" in text
+    assert isinstance(nn.fuse(nn.reference_network())[0], FusedConv2d)
+    assert isinstance(nn.fuse(nn.reference_network())[4], FusedLinear)
