@@ -30,81 +30,24 @@
 // constant offset from an address of the lane: strides between channels, images and rows
 // are chosen so that the 32 lanes meet 32 banks.
 //
-// Launch: 256 threads, shared memory SHARED (host: fused_cuda_backward.py), blocks
-// 0 .. dw_blocks-1 work on dweight (k tile fastest, then c tile, then split), the others on
-// dx (c tile fastest, then row tile, then image tile). Compute capability 8.0 and up.
-#include "fused.cuh"
+// Launch: 256 threads, SHARED bytes (both: conv_backward_plan.py). Blocks 0 .. dx_blocks-1
+// work on dx (c tile fastest, then row tile, then image tile), the others on dweight (k
+// tile fastest, then c tile, then split). Compute capability 8.0 and up.
+#include "backward.cuh"
 
-constexpr int THREADS = 256, WARPS = 8;
 constexpr bool POOLED = POOL_H > 0;
 constexpr int WIN_H = POOLED ? POOL_H : 1, WIN_W = POOLED ? POOL_W : 1;
 constexpr int PP = ((H + 2 * PAD_H - R) / STRIDE_H + 1) / WIN_H;
 constexpr int QQ = ((W + 2 * PAD_W - S) / STRIDE_W + 1) / WIN_W;
 constexpr int P = PP * WIN_H, Q = QQ * WIN_W;
 constexpr int RS = R * S;
-// numbers a word holds
-constexpr int E = MODE == MODE_BF16 ? 2 : 1;
 
-__host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int floor_div(int a, int b) {
+  return a >= 0 ? a / b : -((b - 1 - a) / b);
+}
 // the smallest number >= size that is residue modulo modulus
 __host__ __device__ constexpr int stride(int size, int residue, int modulus) {
   return size + ((residue - size) % modulus + modulus) % modulus;
-}
-// the widest run of floats (4, 2, 1) whose rows of length n all start aligned
-__host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
-
-// A number on its way through registers into shared memory.
-__device__ __forceinline__ u32 operand(float x) {
-  return MODE == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
-}
-// A float that was copied into shared memory as it is, on its way to a product: half a unit
-// is added here and the tensor core cuts the rest off. (A NaN of all ones would pass for 0;
-// NaNs in x and weight have met the loss long before.)
-__device__ __forceinline__ u32 copied_operand(u32 word) {
-  return MODE == MODE_TF32 ? word + 0x1000u : word;
-}
-
-// acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
-// but small * small. Tensor cores do not round sums to nearest, so a sum of 8 products is
-// added to acc outside of them.
-struct Split {
-  u32 big, small;
-  __device__ __forceinline__ Split(u32 word) {
-    big = (word + 0x1000u) & 0xffffe000u;
-    small = __float_as_uint(__uint_as_float(word) - __uint_as_float(big));
-  }
-};
-__device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if (MODE != MODE_FP32) {
-    mma<MODE>(acc, a, b0, b1);
-    return;
-  }
-  const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);
-  const u32 big[4] = {a0.big, a1.big, a2.big, a3.big};
-  const u32 small[4] = {a0.small, a1.small, a2.small, a3.small};
-  float sum[4] = {};
-  mma_tf32(sum, small, b_low.big, b_high.big);
-  mma_tf32(sum, big, b_low.small, b_high.small);
-  mma_tf32(sum, big, b_low.big, b_high.big);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) acc[i] += sum[i];
-}
-
-// ---- moving runs of numbers
-
-template <int COUNT>
-__device__ __forceinline__ void load_run(float (&v)[COUNT], const float* __restrict__ from) {
-  if (COUNT == 4) {
-    const float4 f = __ldg((const float4*)from);
-    v[0] = f.x, v[1 % COUNT] = f.y, v[2 % COUNT] = f.z, v[3 % COUNT] = f.w;
-  } else if (COUNT == 2) {
-    const float2 f = __ldg((const float2*)from);
-    v[0] = f.x, v[1 % COUNT] = f.y;
-  } else {
-    v[0] = __ldg(from);
-  }
 }
 
 // ALIGN: words that the target is a multiple of
@@ -180,17 +123,6 @@ __device__ __forceinline__ void load_dz(float (&dz)[WIN_H][RUN_Q], const Gradien
   }
 }
 
-// COUNT neighbouring floats from global into shared memory, in the background.
-template <int ALIGN, int COUNT>
-__device__ __forceinline__ void copy_run(u32* to, const float* __restrict__ from) {
-  if (ALIGN % 4 == 0 && COUNT == 4) {
-    copy_async16(shared_address(to), from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) copy_async4(shared_address(to + i), from + i);
-  }
-}
-
 // Borders, which loads leave alone, are set to zero once.
 __device__ __forceinline__ void clear(u32* shared, int words) {
   for (int i = threadIdx.x * 4; i < words; i += THREADS * 4)
@@ -259,21 +191,18 @@ constexpr int TILE_WORDS = KC * (PLANE + W_ROW);
 // columns that nobody stores.
 constexpr bool BORDER = column_bound(false) < 0 || column_bound(true) > Q || K % (KC * E) != 0;
 constexpr int ACCUMULATORS = NI * NG * NR * MT * 4;
-constexpr int SUM_WORDS = WK > 1 ? WARPS / WK * ACCUMULATORS * 32 : 0;
+constexpr int SUM_WORDS = WK > 1 ? WARPS * ACCUMULATORS * 32 : 0;
 constexpr int SHARED_WORDS = most(TILE_WORDS, SUM_WORDS);
 
 __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int p0,
                                               int k0, int N) {
   constexpr int ROWS = (YT + WIN_H - 2) / WIN_H + 1;  // of windows that can touch YT rows
-  constexpr int ITEMS = KC * TI * ROWS * WINDOW_RUNS;
   const int first = floor_div(p0, WIN_H);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const int column = i % WINDOW_RUNS, row = i / WINDOW_RUNS % ROWS;
-    const int image = i / (WINDOW_RUNS * ROWS) % TI, word = i / (WINDOW_RUNS * ROWS * TI);
-    const int pp = first + row, n = n0 + image, k = k0 + word * E;
+  for_all<KC * TI, ROWS * WINDOW_RUNS, 4>([&](int plane, int item) {
+    const int column = item % WINDOW_RUNS, pp = first + item / WINDOW_RUNS;
+    const int image = plane % TI, word = plane / TI, n = n0 + image, k = k0 + word * E;
     const int y = pp * WIN_H - p0;
-    if (pp < 0 || pp >= PP || y >= YT || n >= N || k >= K) continue;
+    if (pp < 0 || pp >= PP || y >= YT || n >= N || k >= K) return;
     const size_t at = (((size_t)n * K + k) * PP + pp) * QQ + column * WINDOWS;
     float low[WIN_H][RUN_Q];
     load_dz(low, from, at);
@@ -288,20 +217,18 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
         words[q] = E == 2 ? pack_bf16(low[j][q], high[j][q]) : operand(low[j][q]);
       if (y + j >= 0 && y + j < YT) store_words<ALIGN>(to + j * PITCH, words);
     }
-  }
+  });
 }
 
 __device__ __forceinline__ void load_weights(u32* tile, const float* __restrict__ weight, int k0,
                                              int c0) {
-  constexpr int RUNS = CT * RS / W_RUN;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < KC * RUNS; i += THREADS) {
-    const int word = i / RUNS, at = i % RUNS * W_RUN, k = k0 + word * E;
+  for_all<KC, CT * RS / W_RUN, 8>([&](int word, int item) {
+    const int at = item * W_RUN, k = k0 + word * E;
     const bool inside = c0 * RS + at < C * RS;
     const float* from = weight + ((size_t)k * C + c0) * RS + at;
     if (E == 1 && inside && k < K) {
       copy_run<4, W_RUN>(tile + word * W_ROW + at, from);
-      continue;
+      return;
     }
     float low[W_RUN] = {}, high[W_RUN] = {};
     if (inside && k < K) load_run(low, from);
@@ -310,12 +237,12 @@ __device__ __forceinline__ void load_weights(u32* tile, const float* __restrict_
 #pragma unroll
     for (int j = 0; j < W_RUN; ++j) words[j] = E == 2 ? pack_bf16(low[j], high[j]) : 0u;
     store_words<4>(tile + word * W_ROW + at, words);
-  }
+  });
 }
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
                           const float* __restrict__ weight, float* __restrict__ dx, int N) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
   const int c0 = block % C_TILES * CT, h0 = block / C_TILES % ROW_TILES * TH;
   const int n0 = block / (C_TILES * ROW_TILES) * TI;
   const int wk = warp / (WC * WG * WR * WI), wc = warp % WC;
@@ -356,25 +283,24 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           any |= reaches[i];
         }
         if (!any) continue;
-        u32 a[R][MT][4];
+        Rows a[R][MT];
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
           for (int m = 0; m < MT; ++m) {
             const u32* const from_w = w + m * 16 * RS + r * S + s;
-            a[r][m][0] = copied_operand(from_w[0]);
-            a[r][m][1] = copied_operand(from_w[8 * RS]);
-            a[r][m][2] = copied_operand(from_w[4 * W_ROW]);
-            a[r][m][3] = copied_operand(from_w[4 * W_ROW + 8 * RS]);
+            a[r][m].set(copied_word(from_w[0]), copied_word(from_w[8 * RS]),
+                        copied_word(from_w[4 * W_ROW]),
+                        copied_word(from_w[4 * W_ROW + 8 * RS]));
           }
 #pragma unroll
-        for (int i = 0; i < NG; ++i) {
-          if (!reaches[i]) continue;
+        for (int y = 0; y < YN; ++y) {
+          if (p_warp + y < 0 || p_warp + y >= P) continue;
 #pragma unroll
-          for (int image = 0; image < NI; ++image)
+          for (int i = 0; i < NG; ++i) {
+            if (!reaches[i]) continue;
 #pragma unroll
-            for (int y = 0; y < YN; ++y) {
-              if (p_warp + y < 0 || p_warp + y >= P) continue;
+            for (int image = 0; image < NI; ++image) {
               const u32* const from_dz = dz + image * GI * IMAGE + y * PITCH + first_q[i];
               const u32 b0 = from_dz[0], b1 = from_dz[4 * PLANE];
 #pragma unroll
@@ -385,27 +311,22 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
                 for (int m = 0; m < MT; ++m) multiply(acc[image][i][h][m], a[r][m], b0, b1);
               }
             }
+          }
         }
       }
     }
   }
 
-  // warps that shared the contraction hand their sums to the first one, in order
+  // warps that shared the contraction exchange their sums: each adds, in the same order,
+  // those of its share of the rows
+  float* const sums = (float*)shared + (warp % (WARPS / WK)) * ACCUMULATORS * 32 + lane;
+  constexpr int GIVEN = WARPS / WK * ACCUMULATORS * 32;
   if (WK > 1) {
-    float* const sum = (float*)shared + (warp % (WARPS / WK)) * ACCUMULATORS * 32 + lane;
-    float* const mine = &acc[0][0][0][0][0];
-#pragma unroll 1
-    for (int giver = 1; giver < WK; ++giver) {
-      __syncthreads();
-      if (wk == giver)
+    const float* const mine = &acc[0][0][0][0][0];
+    __syncthreads();
 #pragma unroll
-        for (int i = 0; i < ACCUMULATORS; ++i) sum[i * 32] = mine[i];
-      __syncthreads();
-      if (wk == 0)
-#pragma unroll
-        for (int i = 0; i < ACCUMULATORS; ++i) mine[i] += sum[i * 32];
-    }
-    if (wk > 0) return;
+    for (int i = 0; i < ACCUMULATORS; ++i) sums[wk * GIVEN + i * 32] = mine[i];
+    __syncthreads();
   }
 
   // a lane has pixels 2t and 2t+1 of a group
@@ -420,13 +341,20 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 #pragma unroll
       for (int row = 0; row < NR; ++row) {
         const int h = h0 + wr * NR + row;
-        if (h >= H) continue;
+        if (h >= H || WK > 1 && (i * NR + row) % WK != wk) continue;
 #pragma unroll
         for (int m = 0; m < MT; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = c0 + (wc * MT + m) * 16 + half * 8 + g;
-            const float* const v = acc[image][i][row][m] + 2 * half;
+            float v[2] = {acc[image][i][row][m][2 * half], acc[image][i][row][m][2 * half + 1]};
+            if (WK > 1) {
+              const int at = ((((image * NG + i) * NR + row) * MT + m) * 4 + 2 * half) * 32;
+              v[0] = sums[at], v[1] = sums[at + 32];
+#pragma unroll
+              for (int giver = 1; giver < WK; ++giver)
+                v[0] += sums[giver * GIVEN + at], v[1] += sums[giver * GIVEN + at + 32];
+            }
             if (c >= C) continue;
             float* const to = dx + (((size_t)n * C + c) * H + h) * W + w0;
             if (STRIDE_W == 1 && W % 2 == 0) {
@@ -446,9 +374,12 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
 // ================================================================ dweight, dbias
 namespace weight_gradient {
 
-// A lane contributes LANE_Q neighbouring pixels (two words) to a contraction step; the four
-// lanes t cover GQ columns of GI images.
-constexpr int LANE_Q = 2 * E, GQ = DW_COLUMNS, GI = 4 * LANE_Q / GQ, LANES = GQ / LANE_Q;
+// A contraction step takes 8 words of pixels: GQ columns, GW words, of GI images. Lane t
+// has words t and t + 4. With GW = 8 the second is 4 words further in the row, otherwise it
+// is in another image. (Tap s needs the pixels from s on: neighbouring words would be the
+// low word of one tap and the high word of another, and registers would have to be moved
+// for each product; words that are 4 apart are not shared up to s = 3.)
+constexpr int GQ = DW_COLUMNS, GW = GQ / E, GI = 8 / GW;
 constexpr bool FLAT = DW_FLAT;
 // A warp: MT x 16 output channels, NT x 8 columns, RT rows of taps (all S).
 // A block: VK x VC x VR x VP warps over these; VP share the pixels.
@@ -463,27 +394,29 @@ static_assert(!FLAT || 8 * NT * VC >= C * RS, "a block covers all taps of all ch
 // In shared memory at a time: TP rows of TI images; a warp takes SEGMENT rows at a time.
 constexpr int TI = DW_TI, TP = DW_TP, SEGMENT = DW_SEGMENT;
 constexpr int QUADS = ceil_div(Q, GQ), ROW_STEPS = ceil_div(P, TP);
+// rows whose code is laid out one behind the other: the window then needs no moves
+constexpr int ROWS_TOGETHER = FLAT ? 2 : STRIDE_H == 1 && RT * S <= 15 ? RT : 1;
 constexpr int UNITS = TI / GI * QUADS * (TP / SEGMENT);
 static_assert(TI % GI == 0 && TP % WIN_H == 0 && TP % SEGMENT == 0, "whole windows and units");
 
-__host__ __device__ constexpr int residue(int per_word) { return GI > 1 ? GQ / per_word % 8 : 0; }
 // dz [k][image][p][q], words along q
 constexpr int DZ_PITCH = round_up(QUADS * GQ / E, 4);
-constexpr int DZ_IMAGE = stride(TP * DZ_PITCH, residue(E), GI > 1 ? 8 : 4);
-constexpr int DZ_PLANE = stride(TI * DZ_IMAGE, 8, 32);
-constexpr int DZ_ALIGN = GI > 1 && GQ / E % 4 ? 2 : 4;
+constexpr int ALIGN = GW == 2 ? 2 : 4;
+constexpr int DZ_IMAGE = stride(TP * DZ_PITCH, ALIGN % 4, 4);
+constexpr int DZ_PLANE = stride(TI * DZ_IMAGE, 4, 32);
+constexpr int DZ_SECOND = GW == 8 ? 4 : 4 / GW * DZ_IMAGE;
 // x [c][image][h][w], words along w; floats when flat, since taps start anywhere
 constexpr int XE = FLAT ? 1 : E;
 constexpr int LEFT = PAD_W ? round_up(PAD_W, 4 * XE) : 0;
 constexpr int XR = (TP - 1) * STRIDE_H + R;
-// the pixels that taps 0..S-1 of a lane meet: WINDOW words, the first pixel at number SKIP
-constexpr int SKIP = FLAT ? 0 : (LEFT - PAD_W) % (2 * XE);
-constexpr int WINDOW = round_up(ceil_div(SKIP + S + (LANE_Q - 1) * STRIDE_W, XE), 2);
-constexpr int X_LAST = LEFT - PAD_W - SKIP + (QUADS * GQ - LANE_Q) * STRIDE_W + WINDOW * XE;
+// the pixels that taps 0..S-1 of a word meet: WINDOW words, the first pixel at number SKIP
+constexpr int SKIP = FLAT ? 0 : (LEFT - PAD_W) % XE;
+constexpr int WINDOW = ceil_div(SKIP + S + (E - 1) * STRIDE_W, XE);
+constexpr int X_LAST = LEFT - PAD_W - SKIP + (QUADS * GQ - E) * STRIDE_W + WINDOW * XE;
 constexpr int X_PITCH = round_up(most(LEFT + W, X_LAST), 4 * XE) / XE;
-constexpr int X_IMAGE = stride(XR * X_PITCH, residue(XE), GI > 1 ? 8 : 4);
-constexpr int X_PLANE = stride(TI * X_IMAGE, 8, 32);
-constexpr int X_ALIGN = GI > 1 && GQ / XE % 4 ? 2 : 4;
+constexpr int X_IMAGE = stride(XR * X_PITCH, ALIGN % 4, 4);
+constexpr int X_PLANE = stride(TI * X_IMAGE, 4 * STRIDE_W, 32);
+constexpr int X_SECOND = GW == 8 ? 4 * E * STRIDE_W / XE : 4 / GW * X_IMAGE;
 constexpr int X_RUN = run(W), X_RUNS = W / X_RUN;
 // warps read a row of x for each of their RT taps, beyond the tile too if R is no multiple
 constexpr int TILE_WORDS = KT * DZ_PLANE + CT * X_PLANE + most(0, VR * RT - R) * X_PITCH;
@@ -497,13 +430,10 @@ constexpr int SHARED_WORDS = most(TILE_WORDS, VP * PART_WORDS);
 
 __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, int n0, int N, int p0,
                                               int k0) {
-  constexpr int ROWS = TP / WIN_H, ITEMS = KT * TI * ROWS * WINDOW_RUNS;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const int column = i % WINDOW_RUNS, row = i / WINDOW_RUNS % ROWS;
-    const int image = i / (WINDOW_RUNS * ROWS) % TI, ki = i / (WINDOW_RUNS * ROWS * TI);
-    const int pp = p0 / WIN_H + row, n = n0 + image, k = k0 + ki;
-    if (pp >= PP || k >= K) continue;
+  for_all<KT * TI, TP / WIN_H * WINDOW_RUNS, 4>([&](int plane, int item) {
+    const int column = item % WINDOW_RUNS, row = item / WINDOW_RUNS, pp = p0 / WIN_H + row;
+    const int image = plane % TI, ki = plane / TI, n = n0 + image, k = k0 + ki;
+    if (pp >= PP || k >= K) return;
     // beyond the batch x is 0 and dz too
     float dz[WIN_H][RUN_Q] = {};
     if (n < N)
@@ -511,54 +441,51 @@ __device__ __forceinline__ void load_gradient(u32* tile, const Gradient& from, i
     u32* const to = tile + ki * DZ_PLANE + image * DZ_IMAGE + row * WIN_H * DZ_PITCH;
 #pragma unroll
     for (int j = 0; j < WIN_H; ++j)
-      store_pixels<E, DZ_ALIGN>(to + j * DZ_PITCH, column * RUN_Q, dz[j]);
-  }
+      store_pixels<E, ALIGN>(to + j * DZ_PITCH, column * RUN_Q, dz[j]);
+  });
 }
 
 __device__ __forceinline__ void load_input(u32* tile, const float* __restrict__ x, int n0,
                                            int N, int p0, int c0) {
-  constexpr int ITEMS = CT * TI * XR * X_RUNS;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ITEMS; i += THREADS) {
-    const int column = i % X_RUNS, row = i / X_RUNS % XR;
-    const int image = i / (X_RUNS * XR) % TI, ci = i / (X_RUNS * XR * TI);
-    const int h = p0 * STRIDE_H - PAD_H + row, n = n0 + image, c = c0 + ci;
-    if (c >= C) continue;
+  for_all<CT * TI, XR * X_RUNS, 8>([&](int plane, int item) {
+    const int column = item % X_RUNS, row = item / X_RUNS, h = p0 * STRIDE_H - PAD_H + row;
+    const int image = plane % TI, ci = plane / TI, n = n0 + image, c = c0 + ci;
+    if (c >= C) return;
     u32* const to = tile + ci * X_PLANE + image * X_IMAGE + row * X_PITCH;
     const float* const from = x + (((size_t)n * C + c) * H + h) * W + column * X_RUN;
     const bool inside = n < N && h >= 0 && h < H;
     if (XE == 1 && inside) {
-      copy_run<X_ALIGN, X_RUN>(to + LEFT + column * X_RUN, from);
-      continue;
+      copy_run<ALIGN, X_RUN>(to + LEFT + column * X_RUN, from);
+      return;
     }
     float v[X_RUN] = {};
     if (inside) load_run(v, from);
-    store_pixels<XE, X_ALIGN>(to, LEFT + column * X_RUN, v);
-  }
+    store_pixels<XE, ALIGN>(to, LEFT + column * X_RUN, v);
+  });
 }
 
-// pairs of bf16 came through registers
-__device__ __forceinline__ u32 copied_pixel(u32 word) {
-  return E == 1 ? copied_operand(word) : word;
-}
-
-// B fragment of tap s: pixels q of a lane are numbers SKIP + s + q * SW of its window.
-__device__ __forceinline__ u32 pixels(const u32 (&window)[WINDOW], int s, int word) {
-  const int first = SKIP + s + word * E * STRIDE_W, second = first + STRIDE_W;
+// The word of tap s: its pixels are numbers SKIP + s and one stride further of the window.
+__device__ __forceinline__ u32 pixels(const u32 (&window)[WINDOW], int s) {
+  const int first = SKIP + s, second = first + STRIDE_W;
   if (E == 1) return window[first];
+  if (STRIDE_W == 1 && first % 2 == 0) return window[first / 2];
   return __byte_perm(window[first / 2], window[second / 2],
                      (first % 2 ? 0x32 : 0x10) | (second % 2 ? 0x7600 : 0x5400));
 }
 
-__device__ __forceinline__ float sum_of(u32 word) {
-  if (E == 1) return __uint_as_float(word);
-  return __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
+// The windows of both words of a lane.
+__device__ __forceinline__ void load_windows(u32 (&windows)[2][WINDOW], const u32* x) {
+#pragma unroll
+  for (int word = 0; word < 2; ++word)
+#pragma unroll
+    for (int i = 0; i < WINDOW; ++i)
+      windows[word][i] = copied_word(x[word * X_SECOND + i]);
 }
 
 __device__ void run_block(int block, u32* shared, const Gradient& from,
                           const float* __restrict__ x, float* __restrict__ dweight,
                           float* __restrict__ dbias, int N, int stages) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
   const int k0 = block % K_TILES * KT, c_tile = block / K_TILES % C_TILES;
   const int split = block / (K_TILES * C_TILES), c0 = c_tile * CT;
   const int vk = warp % VK, vc = warp / VK % VC, vr = warp / (VK * VC) % VR;
@@ -570,12 +497,12 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
   float bias[MT][2] = {};
   const bool with_bias = dbias && c_tile == 0 && vc == 0 && vr == 0;
 
-  // lane's place in a step: image t / LANES, columns from (t % LANES) * LANE_Q on
-  const u32* const dz_lane = dz_tile + (vk * MT * 16 + g) * DZ_PLANE + t / LANES * DZ_IMAGE +
-                             t % LANES * 2;
+  // a lane's first word of a step: of image t / GW, word t % GW of the row
+  const u32* const dz_lane =
+      dz_tile + (vk * MT * 16 + g) * DZ_PLANE + t / GW * DZ_IMAGE + t % GW;
   const u32* const x_lane =
-      x_tile + (FLAT ? 0 : (vc * NT * 8 + g) * X_PLANE) + t / LANES * X_IMAGE +
-      (LEFT - PAD_W - SKIP + t % LANES * LANE_Q * STRIDE_W) / XE + r0 * X_PITCH;
+      x_tile + (FLAT ? 0 : (vc * NT * 8 + g) * X_PLANE) + t / GW * X_IMAGE +
+      (LEFT - PAD_W - SKIP + t % GW * E * STRIDE_W) / XE + r0 * X_PITCH;
   int tap[NT];  // flat: where column (c, r, s) of this lane starts
 #pragma unroll
   for (int n = 0; n < NT; ++n) {
@@ -600,33 +527,29 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
       const int quad = unit % QUADS, image = unit / QUADS % (TI / GI) * GI;
       const int p_begin = unit / (QUADS * (TI / GI)) * SEGMENT;
       const int p_end = least(p_begin + SEGMENT, P - p0);
-      const u32* dz = dz_lane + image * DZ_IMAGE + p_begin * DZ_PITCH + quad * (GQ / E);
+      const u32* dz = dz_lane + image * DZ_IMAGE + p_begin * DZ_PITCH + quad * GW;
       const u32* xs = x_lane + image * X_IMAGE + p_begin * STRIDE_H * X_PITCH +
                       quad * GQ * STRIDE_W / XE;
       // rows of x that the taps of the next p share with this one
       constexpr int KEPT = FLAT || RT < STRIDE_H ? 0 : RT - STRIDE_H;
-      u32 window[RT][NT][WINDOW];
+      u32 windows[RT][NT][2][WINDOW];
 #pragma unroll
       for (int r = 0; r < KEPT; ++r)
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int i = 0; i < WINDOW; i += 2) {
-            const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
-            window[r + RT - KEPT][n][i] = copied_pixel(v.x);
-            window[r + RT - KEPT][n][i + 1] = copied_pixel(v.y);
-          }
-#pragma unroll 1
+          load_windows(windows[r + RT - KEPT][n], xs + n * 8 * X_PLANE + r * X_PITCH);
+#pragma unroll ROWS_TOGETHER
       for (int p = p_begin; p < p_end; ++p, dz += DZ_PITCH, xs += STRIDE_H * X_PITCH) {
-        u32 a[MT][4];
+        Rows a[MT];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          const uint2 low = *(const uint2*)(dz + m * 16 * DZ_PLANE);
-          const uint2 high = *(const uint2*)(dz + (m * 16 + 8) * DZ_PLANE);
-          a[m][0] = low.x, a[m][1] = high.x, a[m][2] = low.y, a[m][3] = high.y;
+          const u32* const from_dz = dz + m * 16 * DZ_PLANE;
+          const u32 low[2] = {from_dz[0], from_dz[DZ_SECOND]};
+          const u32 high[2] = {from_dz[8 * DZ_PLANE], from_dz[8 * DZ_PLANE + DZ_SECOND]};
+          a[m].set(low[0], high[0], low[1], high[1]);
           if (with_bias) {
-            bias[m][0] += sum_of(low.x) + sum_of(low.y);
-            bias[m][1] += sum_of(high.x) + sum_of(high.y);
+            bias[m][0] += sum_of(low[0]) + sum_of(low[1]);
+            bias[m][1] += sum_of(high[0]) + sum_of(high[1]);
           }
         }
         if (FLAT) {
@@ -635,7 +558,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
             u32 b[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              const u32* const v = xs + tap[n] + i * E * STRIDE_W;
+              const u32* const v = xs + tap[n] + i * X_SECOND;
               b[i] = E == 1 ? copied_operand(v[0]) : pack_bf16(__uint_as_float(v[0]), __uint_as_float(v[STRIDE_W]));
             }
 #pragma unroll
@@ -647,15 +570,13 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
         for (int r = 0; r < RT; ++r) {
 #pragma unroll
           for (int n = 0; n < NT; ++n)
+            if (r >= KEPT) {
+              load_windows(windows[r][n], xs + n * 8 * X_PLANE + r * X_PITCH);
+            } else {
 #pragma unroll
-            for (int i = 0; i < WINDOW; i += 2) {
-              if (r < KEPT) {
-                window[r][n][i] = window[r + RT - KEPT][n][i];
-                window[r][n][i + 1] = window[r + RT - KEPT][n][i + 1];
-              } else {
-                const uint2 v = *(const uint2*)(xs + n * 8 * X_PLANE + r * X_PITCH + i);
-                window[r][n][i] = copied_pixel(v.x), window[r][n][i + 1] = copied_pixel(v.y);
-              }
+              for (int i = 0; i < 2 * WINDOW; ++i)
+                windows[r][n][i / WINDOW][i % WINDOW] =
+                    windows[r + RT - KEPT][n][i / WINDOW][i % WINDOW];
             }
           // the last of the VR warps may have fewer rows of taps
           if (VR * RT > R && r0 + r >= R) continue;
@@ -663,7 +584,7 @@ __device__ void run_block(int block, u32* shared, const Gradient& from,
           for (int s = 0; s < ST; ++s)
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-              const u32 b0 = pixels(window[r][n], s, 0), b1 = pixels(window[r][n], s, 1);
+              const u32 b0 = pixels(windows[r][n][0], s), b1 = pixels(windows[r][n][1], s);
 #pragma unroll
               for (int m = 0; m < MT; ++m) multiply(acc[m][n][r][s], a[m], b0, b1);
             }
@@ -740,7 +661,7 @@ constexpr int SHARED_WORDS =
 #else
 constexpr int SHARED_WORDS = weight_gradient::SHARED_WORDS;
 #endif
-static_assert(SHARED_WORDS * 4 <= SHARED, "the host counts the same bytes");
+static_assert(SHARED_WORDS * 4 == SHARED, "the host counts the same bytes");
 
 // stages: of a split, of the ceil(N / DW_TI) * ceil(P / DW_TP) that there are.
 // dweight (splits, K, C, R, S), dbias (splits, K) or null.
@@ -749,16 +670,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                         const u8* __restrict__ code, const float* __restrict__ x,
                         const float* __restrict__ weight, float* __restrict__ dx,
                         float* __restrict__ dweight, float* __restrict__ dbias, int N,
-                        int dw_blocks, int stages) {
+                        int dx_blocks, int stages) {
   extern __shared__ uint4 shared[];
   const Gradient from = {dy, y, code};
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const int block = blockIdx.x;
-  if (block < dw_blocks)
-    weight_gradient::run_block(block, (u32*)shared, from, x, dweight, dbias, N, stages);
 #if NEED_DX
-  else
-    data_gradient::run_block(block - dw_blocks, (u32*)shared, from, weight, dx, N);
+  if (block < dx_blocks) {
+    data_gradient::run_block(block, (u32*)shared, from, weight, dx, N);
+    return;
+  }
 #endif
+  weight_gradient::run_block(block - dx_blocks, (u32*)shared, from, x, dweight, dbias, N, stages);
 }

@@ -16,60 +16,13 @@
 // Launch: 256 threads, SHARED bytes; blocks 0 .. dw_blocks-1 work on dweight (i tile
 // fastest, then o tile, then split), the others on dx (i tile fastest, then images).
 // Compute capability 8.0 and up.
-#include "fused.cuh"
+#include "backward.cuh"
 
-constexpr int THREADS = 256, WARPS = 8;
-constexpr int E = MODE == MODE_BF16 ? 2 : 1;  // numbers a word holds
 constexpr int DEPTH = WORDS;                       // words of the contraction a stage holds
 
 __host__ __device__ constexpr int stride(int size, int residue) {
   return size + ((residue - size) % 32 + 32) % 32;
 }
-__host__ __device__ constexpr int run(int n) { return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
-
-__device__ __forceinline__ u32 operand(float x) {
-  return MODE == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
-}
-
-// acc (16 x 8) += a b. In fp32 an operand is big + small, each a tf32, and the product all
-// but small * small. Tensor cores do not round sums to nearest, so a sum of 8 products is
-// added to acc outside of them.
-struct Split {
-  u32 big, small;
-  __device__ __forceinline__ Split(u32 word) {
-    big = (word + 0x1000u) & 0xffffe000u;
-    small = __float_as_uint(__uint_as_float(word) - __uint_as_float(big));
-  }
-};
-__device__ __forceinline__ void multiply(float (&acc)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  if (MODE != MODE_FP32) {
-    mma<MODE>(acc, a, b0, b1);
-    return;
-  }
-  const Split a0(a[0]), a1(a[1]), a2(a[2]), a3(a[3]), b_low(b0), b_high(b1);
-  const u32 big[4] = {a0.big, a1.big, a2.big, a3.big};
-  const u32 small[4] = {a0.small, a1.small, a2.small, a3.small};
-  float sum[4] = {};
-  mma_tf32(sum, small, b_low.big, b_high.big);
-  mma_tf32(sum, big, b_low.small, b_high.small);
-  mma_tf32(sum, big, b_low.big, b_high.big);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) acc[i] += sum[i];
-}
-
-template <int COUNT>
-__device__ __forceinline__ void load_run(float (&v)[COUNT], const float* __restrict__ from) {
-  if (COUNT == 4) {
-    const float4 f = __ldg((const float4*)from);
-    v[0] = f.x, v[1 % COUNT] = f.y, v[2 % COUNT] = f.z, v[3 % COUNT] = f.w;
-  } else if (COUNT == 2) {
-    const float2 f = __ldg((const float2*)from);
-    v[0] = f.x, v[1 % COUNT] = f.y;
-  } else {
-    v[0] = __ldg(from);
-  }
-}
-
 // A matrix in global memory of rows of length LENGTH; where a second one is given, numbers
 // count only where it is positive (dz = dy masked by y).
 template <int LENGTH> struct Matrix {
@@ -78,10 +31,13 @@ template <int LENGTH> struct Matrix {
   const float* __restrict__ mask;
   int rows;
 
+  __device__ __forceinline__ bool inside(int row, int column) const {
+    return row < rows && column < LENGTH;
+  }
   __device__ __forceinline__ void load(float (&v)[RUN], int row, int column) const {
 #pragma unroll
     for (int j = 0; j < RUN; ++j) v[j] = 0.0f;
-    if (row >= rows || column >= LENGTH) return;
+    if (!inside(row, column)) return;
     const size_t at = (size_t)row * LENGTH + column;
     load_run(v, data + at);
     if (mask) {
@@ -94,31 +50,37 @@ template <int LENGTH> struct Matrix {
   }
 };
 
+// Floats that are multiplied as they are can be copied without passing through registers.
+constexpr bool COPIED = E == 1;
+
 // tile[word][column]: words along the rows of the matrix
-template <int COLUMNS, int STRIDE, int LENGTH>
+template <bool COPY, int COLUMNS, int STRIDE, int LENGTH>
 __device__ __forceinline__ void load_down(u32* tile, const Matrix<LENGTH>& from, int row0,
                                           int column0) {
-  constexpr int RUN = Matrix<LENGTH>::RUN, RUNS = COLUMNS / RUN;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < DEPTH * RUNS; i += THREADS) {
-    const int word = i / RUNS, column = i % RUNS * RUN, row = row0 + word * E;
+  constexpr int RUN = Matrix<LENGTH>::RUN;
+  for_all<DEPTH, COLUMNS / RUN, 8>([&](int word, int item) {
+    const int column = item * RUN, row = row0 + word * E;
+    u32* const to = tile + word * STRIDE + column;
+    if (COPY && from.inside(row, column0 + column)) {
+      copy_run<4, RUN>(to, from.data + (size_t)row * LENGTH + column0 + column);
+      return;
+    }
     float low[RUN], high[RUN] = {};
     from.load(low, row, column0 + column);
     if (E == 2) from.load(high, row + 1, column0 + column);
 #pragma unroll
     for (int j = 0; j < RUN; ++j)
-      tile[word * STRIDE + column + j] = E == 2 ? pack_bf16(low[j], high[j]) : operand(low[j]);
-  }
+      to[j] = E == 2 ? pack_bf16(low[j], high[j]) : operand(low[j]);
+  });
 }
 
 // tile[row][word]: words along the columns of the matrix
 template <int ROWS, int STRIDE, int LENGTH>
 __device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from, int row0,
                                            int column0) {
-  constexpr int RUN = Matrix<LENGTH>::RUN, RUNS = DEPTH * E / RUN;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < ROWS * RUNS; i += THREADS) {
-    const int row = i / RUNS, column = i % RUNS * RUN;
+  constexpr int RUN = Matrix<LENGTH>::RUN;
+  for_all<ROWS, DEPTH * E / RUN, 4>([&](int row, int item) {
+    const int column = item * RUN;
     float v[RUN];
     from.load(v, row0 + row, column0 + column);
     u32* const to = tile + row * STRIDE;
@@ -127,12 +89,7 @@ __device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from
       if (E == 1) to[column + j] = operand(v[j]);
       else ((u16*)to)[column + j] = (u16)pack_bf16(v[j], 0.0f);
     }
-  }
-}
-
-__device__ __forceinline__ float sum_of(u32 word) {
-  if (E == 1) return __uint_as_float(word);
-  return __uint_as_float(word << 16) + __uint_as_float(word & 0xffff0000u);
+  });
 }
 
 // A block's tile of D: WM x WN warps, each MT x 16 rows and NT x 8 columns. A lies in shared
@@ -156,19 +113,20 @@ template <int WM_, int MT_, int NT_, bool ALONG> struct Tile {
     const u32* const b_lane = b_tile + t * B_STRIDE + column0 + g;
 #pragma unroll 4
     for (int k = 0; k < words; k += 8) {
-      u32 a[MT][4];
+      Rows a[MT];
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         const u32* const from = a_lane + m * 16 * ROW + k * WORD;
-        a[m][0] = from[0], a[m][1] = from[8 * ROW];
-        a[m][2] = from[4 * WORD], a[m][3] = from[8 * ROW + 4 * WORD];
-        row_sum[m][0] += sum_of(a[m][0]) + sum_of(a[m][2]);
-        row_sum[m][1] += sum_of(a[m][1]) + sum_of(a[m][3]);
+        const u32 low[2] = {from[0], from[4 * WORD]};
+        const u32 high[2] = {from[8 * ROW], from[8 * ROW + 4 * WORD]};
+        a[m].set(low[0], high[0], low[1], high[1]);
+        row_sum[m][0] += sum_of(low[0]) + sum_of(low[1]);
+        row_sum[m][1] += sum_of(high[0]) + sum_of(high[1]);
       }
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const u32* const from = b_lane + k * B_STRIDE + n * 8;
-        const u32 b0 = from[0], b1 = from[4 * B_STRIDE];
+        const u32 b0 = copied_word(from[0]), b1 = copied_word(from[4 * B_STRIDE]);
 #pragma unroll
         for (int m = 0; m < MT; ++m) multiply(acc[m][n], a[m], b0, b1);
       }
@@ -229,8 +187,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     WeightTile tile;
     for (int n = split * images; n < end; n += DEPTH * E) {
       __syncthreads();
-      load_down<WeightTile::ROWS, WeightTile::A_STRIDE>(a, dz, n, o0);
-      load_down<WeightTile::COLUMNS, WeightTile::B_STRIDE>(b, input, n, i0);
+      load_down<COPIED, WeightTile::COLUMNS, WeightTile::B_STRIDE>(b, input, n, i0);
+      copy_commit();
+      load_down<false, WeightTile::ROWS, WeightTile::A_STRIDE>(a, dz, n, o0);
+      copy_wait<0>();
       __syncthreads();
       tile.add(a, b, DEPTH);
     }
@@ -256,8 +216,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     DataTile tile;
     for (int o = 0; o < O; o += DEPTH * E) {
       __syncthreads();
+      load_down<COPIED, DataTile::COLUMNS, DataTile::B_STRIDE>(b, weights, o, i0);
+      copy_commit();
       load_along<DataTile::ROWS, DataTile::A_STRIDE>(a, dz, n0, o);
-      load_down<DataTile::COLUMNS, DataTile::B_STRIDE>(b, weights, o, i0);
+      copy_wait<0>();
       __syncthreads();
       tile.add(a, b, DEPTH);
     }

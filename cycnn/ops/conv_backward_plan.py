@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 
 WARPS = 8
@@ -15,7 +16,7 @@ THREADS = 32 * WARPS
 # Registers for accumulators and operands: of the 128 that a thread may have when two blocks
 # share a multiprocessor, addresses and loads in flight take the others. The loads of the
 # weight gradient keep more numbers in flight.
-_DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 84
+_DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 96
 # ... and what a block that has a multiprocessor for itself has more.
 _REGISTERS_ALONE = 100
 # What one block may use on every GPU from compute capability 8.0 on.
@@ -23,9 +24,12 @@ _SHARED_LIMIT = 99 * 1024
 # Multiprocessors that the choice of tiles is made for, and a typical batch.
 _PROCESSORS, _BATCH = 132, 128
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
-# Clocks: a tensor-core product of a warp, a word of shared memory for each of its lanes,
-# a float fetched into shared memory by a block.
-_MMA, _LOAD, _FETCH = 1.6, 0.6, 0.15
+# Clocks of a multiprocessor: a product of 16 x 8 x 8 words, a word of an operand for each
+# lane of a warp. In fp32 a product is three and four additions, and operands are split.
+_MMA = {"fp32": 5.8, "tf32": 1.6, "bf16": 1.6}
+_LOAD = {"fp32": 1.35, "tf32": 0.6, "bf16": 0.6}
+# ... a float that a block fetches into shared memory
+_FETCH = 0.1
 
 
 class NoPlan(ValueError):
@@ -110,14 +114,6 @@ def _stride(size, residue, modulus):
     return size + (residue - size) % modulus
 
 
-def _powers(limit):
-    return [n for n in (1, 2, 4, 8) if n <= limit]
-
-
-def _pooled(shape):
-    return shape.pool[0] > 0
-
-
 # dx
 
 
@@ -170,91 +166,94 @@ def _data_tile_words(shape, mode, columns, low, high, rows, images, channels, ro
     return _stride(images * image, 8, 32), _stride(channels * taps, 8 * taps % 32, 32)
 
 
+def _warps(kinds):
+    """All ways to give 8 warps to ``kinds`` axes."""
+    if kinds == 1:
+        return [(WARPS,)]
+    found = []
+    for first in (1, 2, 4, 8):
+        for rest in itertools.product((1, 2, 4, 8), repeat=kinds - 2):
+            last, remainder = divmod(WARPS, first * math.prod(rest))
+            if not remainder:
+                found.append((first, *rest, last))
+    return found
+
+
+def _row_choices(shape):
+    """Rows of dx for a warp: the height in equal parts."""
+    step, height = shape.stride[0], shape.height
+    parts = {_ceil(height, n) for n in range(1, height + 1)}
+    return sorted({_up(n, step) for n in parts if _up(n, step) <= 16} | (parts & {height}))
+
+
 def _data_plans(shape, mode, registers=0):
-    """All ways to cut the work on dx, each with its cost in clocks."""
+    """All ways to cut the work on dx: (clocks, macros, bytes, blocks, images)."""
     taps_h, taps_w = shape.taps
-    step = shape.stride[0]
+    height, step = shape.height, shape.stride[0]
     k_words = _up(_ceil(shape.filters, 2 if mode == "bf16" else 1), 8)
-    products = 3 if mode == "fp32" else 1
-    row_choices = sorted(
-        {n for n in range(1, 17) if n % step == 0} | {min(shape.height, 16)}
-    )
+    row_work = {}
+    for nr in _row_choices(shape):
+        strips = [_row_pairs(shape, h, nr) for h in range(0, height, nr)]
+        # the strip with most work sets the pace
+        row_work[nr] = tuple(map(max, zip(*strips)))
     for columns in (8, 4, 2):
         groups, low, high = _column_groups(shape, columns)
-        per_group = 8 // columns
-        for wg in _powers(8):
+        for wc, wg, wr, wi, wk in _warps(5):
             ng = _ceil(len(groups), wg)
             if ng > 6 or (wg > 1 and _ceil(len(groups), wg // 2) == ng):
                 continue
-            reached = max(
-                sum(groups[i * ng : (i + 1) * ng]) for i in range(wg)
-            )
-            for mt, nr, ni in itertools.product((1, 2, 4), row_choices, (1, 2, 4)):
+            if 8 * wk > k_words:
+                continue
+            reached = max(sum(groups[i * ng : (i + 1) * ng]) for i in range(wg))
+            for (nr, (rows_read, pairs)), mt, ni in itertools.product(
+                row_work.items(), (1, 2, 4), (1, 2, 4)
+            ):
                 accumulators = 4 * mt * nr * ni * ng
                 fragments = taps_h * mt * 4 * (2 if mode == "fp32" else 1)
                 if accumulators + fragments > _DATA_REGISTERS + registers:
                     continue
-                if nr % step and nr < shape.height:
+                rows, images, channels = nr * wr, 8 // columns * ni * wi, 16 * mt * wc
+                if wr > 1 and nr * (wr // 2) >= height or nr % step and wr > 1:
                     continue
-                if 16 * mt >= 2 * shape.channels and mt > 1:
+                if channels >= 2 * _up(shape.channels, 16):
                     continue
-                for wc, wr, wi in itertools.product(_powers(8), repeat=3):
-                    wk, rest = divmod(WARPS, wc * wg * wr * wi)
-                    if rest or wk not in (1, 2, 4, 8) or 8 * wk > k_words:
-                        continue
-                    if wr > 1 and nr * (wr // 2) >= shape.height:
-                        continue
-                    if nr * wr > shape.height and nr % step:
-                        if wr > 1:
-                            continue
-                    rows, images = nr * wr, per_group * ni * wi
-                    channels = 16 * mt * wc
-                    if wc > 1 and channels >= 2 * _up(shape.channels, 16):
-                        continue
-                    row_tiles = _ceil(shape.height, rows)
-                    c_tiles = _ceil(shape.channels, channels)
-                    dz, weights = _data_tile_words(
-                        shape, mode, columns, low, high, rows, images, channels, row_tiles
-                    )
-                    depth = _SHARED_LIMIT // 4 // (dz + weights) // (8 * wk) * 8 * wk
-                    if depth == 0:
-                        continue
-                    depth = min(depth, _up(k_words, 8 * wk))
-                    stages = _ceil(k_words, depth)
-                    depth = _up(_ceil(k_words, stages), 8 * wk)
-                    sums = (WARPS // wk) * accumulators * 32 if wk > 1 else 0
-                    shared = 4 * max(depth * (dz + weights), sums)
-                    if shared > _SHARED_LIMIT:
-                        continue
-                    # the strip with most work sets the pace
-                    strips = {
-                        _row_pairs(shape, h, nr) for h in range(0, shape.height, nr)
-                    }
-                    rows_read = max(s[0] for s in strips)
-                    pairs = max(s[1] for s in strips)
-                    steps = _up(k_words, 8 * wk) // 8 // wk
-                    mma = steps * pairs * reached * ni * mt * products
-                    words = steps * (
-                        min(taps_w, reached) * taps_h * mt * 4
-                        + rows_read * reached * ni * 2
-                    )
-                    fetch = k_words * (
-                        images * min(shape.covered[0], rows + taps_h) * shape.covered[1]
-                        + channels * taps_h * taps_w
-                    )
-                    blocks = c_tiles * row_tiles * _ceil(_BATCH, images)
-                    resident = 2 if shared <= 110 * 1024 else 1
-                    clocks = WARPS * (_MMA * mma + _LOAD * words) + _FETCH * fetch
-                    clocks += 1500 + 300 * wk + 1000 * stages
-                    # whole waves of blocks
-                    waves = blocks / _PROCESSORS
-                    if waves < resident:
-                        waves = max(waves, _ceil(blocks, _PROCESSORS))
-                    yield clocks * max(1.0, waves), {
-                        "DX_COLUMNS": columns, "DX_MT": mt, "DX_NG": ng, "DX_NR": nr,
-                        "DX_NI": ni, "DX_WC": wc, "DX_WG": wg, "DX_WR": wr, "DX_WI": wi,
-                        "DX_WK": wk, "DX_KC": depth,
-                    }, shared, c_tiles * row_tiles, images  # fmt: skip
+                row_tiles, c_tiles = _ceil(height, rows), _ceil(shape.channels, channels)
+                if row_tiles > 1 and nr % step:
+                    continue
+                dz, weights = _data_tile_words(
+                    shape, mode, columns, low, high, rows, images, channels, row_tiles
+                )
+                unit = 8 * wk
+                depth = _SHARED_LIMIT // 4 // (dz + weights) // unit * unit
+                if depth == 0:
+                    continue
+                stages = _ceil(k_words, depth)
+                depth = _up(_ceil(k_words, stages), unit)
+                sums = WARPS * accumulators * 32 if wk > 1 else 0
+                shared = 4 * max(depth * (dz + weights), sums)
+                if shared > _SHARED_LIMIT:
+                    continue
+                steps = _up(k_words, unit) // unit
+                mma = steps * pairs * reached * ni * mt
+                words = steps * (
+                    min(taps_w, reached) * taps_h * mt * 4 + rows_read * reached * ni * 2
+                )
+                fetch = k_words * (
+                    images * min(shape.covered[0], rows + taps_h) * shape.covered[1]
+                    + channels * taps_h * taps_w
+                )
+                clocks = WARPS * (_MMA[mode] * mma + _LOAD[mode] * words)
+                clocks += _FETCH * fetch + 1500 + 300 * wk + 1000 * stages
+                blocks = c_tiles * row_tiles * _ceil(_BATCH, images)
+                waves = blocks / _PROCESSORS
+                if waves < 2:
+                    waves = _ceil(blocks, _PROCESSORS)
+                macros = {
+                    "DX_COLUMNS": columns, "DX_MT": mt, "DX_NG": ng, "DX_NR": nr,
+                    "DX_NI": ni, "DX_WC": wc, "DX_WG": wg, "DX_WR": wr, "DX_WI": wi,
+                    "DX_WK": wk, "DX_KC": depth,
+                }  # fmt: skip
+                yield clocks * waves, macros, shared, c_tiles * row_tiles, images
 
 
 # dweight
@@ -264,126 +263,103 @@ def _weight_tile_words(shape, mode, flat, columns, rows, images):
     """Words of an output channel of dz, an input channel of x, a window, a row of x."""
     per_word = 2 if mode == "bf16" else 1
     x_per_word = 1 if flat else per_word
-    lane = 2 * per_word
-    several = columns < 4 * lane
+    align = 2 if columns == 2 * per_word else 0
     quads = _ceil(shape.covered[1], columns)
 
-    def plane(pitch, height, unit):
-        residue = columns // unit % 8 if several else 0
-        image = _stride(height * pitch, residue, 8 if several else 4)
-        return _stride(images * image, 8, 32)
+    def plane(pitch, height, residue):
+        return _stride(images * _stride(height * pitch, align, 4), residue, 32)
 
     step, taps, pad = shape.stride[1], shape.taps[1], shape.padding[1]
     left = _up(pad, 4 * x_per_word) if pad else 0
-    skip = 0 if flat else (left - pad) % (2 * x_per_word)
-    window = _up(_ceil(skip + taps + (lane - 1) * step, x_per_word), 2)
-    last = left - pad - skip + (quads * columns - lane) * step + window * x_per_word
+    skip = 0 if flat else (left - pad) % x_per_word
+    window = _ceil(skip + taps + (per_word - 1) * step, x_per_word)
+    last = left - pad - skip + (quads * columns - per_word) * step + window * x_per_word
     pitch = _up(max(left + shape.width, last), 4 * x_per_word) // x_per_word
     height = (rows - 1) * shape.stride[0] + shape.taps[0]
     return (
-        plane(_up(quads * columns // per_word, 4), rows, per_word),
-        plane(pitch, height, x_per_word),
+        plane(_up(quads * columns // per_word, 4), rows, 4),
+        plane(pitch, height, 4 * step),
         window,
         pitch,
     )
 
 
 def _weight_plans(shape, mode, registers=0):
-    """All ways to cut the work on dweight, each with its cost in clocks."""
+    """All ways to cut the work on dweight: (clocks, macros, bytes, blocks, images, rows)."""
     taps_h, taps_w = shape.taps
-    taps = taps_h * taps_w
+    taps, step = taps_h * taps_w, shape.stride[0]
     height, width = shape.covered
     lane = 4 if mode == "bf16" else 2
-    products = 3 if mode == "fp32" else 1
     flat_columns = shape.channels * taps
     flat = shape.channels <= 4 and flat_columns <= 256
-    padded = {c: _up(width, c) for c in (4 * lane, 2 * lane, lane)}
-    columns = min(padded, key=lambda c: (padded[c], -c))
-    per_step = 4 * lane // columns
     window_h = max(1, shape.pool[0])
-    row_choices = [n for n in range(window_h, height + 1, window_h) if n <= 64]
-    for mt, nt, vk, vp in itertools.product((1, 2, 4), (1, 2, 4), _powers(8), _powers(8)):
-        if vk * vp > WARPS:
+    tiles = []  # columns of a step, rows and images of a stage; their words
+    row_parts = {_up(_ceil(height, n), window_h) for n in range(1, height + 1)}
+    rows_tried = sorted(n for n in row_parts if n <= 64)
+    for columns, rows, steps in itertools.product(
+        (4 * lane, 2 * lane, lane), rows_tried, (1, 2, 4, 8)
+    ):
+        images = 4 * lane // columns * steps
+        words = _weight_tile_words(shape, mode, flat, columns, rows, images)
+        if 4 * (16 * words[0] + words[1]) <= _SHARED_LIMIT:
+            tiles.append((columns, rows, images, *words))
+    for (vk, vc, vr, vp), mt, nt in itertools.product(_warps(4), (1, 2, 4), (1, 2, 3, 4)):
+        k_tile = 16 * mt * vk
+        if k_tile >= 2 * _up(shape.filters, 16):
             continue
-        if 16 * mt * vk >= 2 * _up(shape.filters, 16):
-            continue
-        for vc, rt in itertools.product(_powers(8), range(1, taps_h + 1)):
-            vr, rest = divmod(WARPS, vk * vp * vc)
-            if rest:
+        if flat:
+            rt, warp_taps, channels, out_row = 1, 1, shape.channels, 8 * nt * vc
+            if vr > 1 or not 0 <= out_row - flat_columns < 8 * vc:
                 continue
-            if flat:
-                n_columns = 8 * nt * vc
-                if vr != 1 or rt != 1 or n_columns < flat_columns:
-                    continue
-                if n_columns >= flat_columns + 8 * nt:
-                    continue
-                channels, warp_taps = shape.channels, 1
-            else:
-                channels = 8 * nt * vc
-                if vr * rt < taps_h or (vr // 2) * rt >= taps_h > 1 or (vr > taps_h):
-                    continue
-                if channels >= 2 * _up(shape.channels, 8):
-                    continue
-                warp_taps = rt * taps_w
-            accumulators = 4 * mt * nt * warp_taps
-            for rows in row_choices:
-                for images in {per_step, 2 * per_step, 4 * per_step}:
-                    dz, x, window, pitch = _weight_tile_words(
-                        shape, mode, flat, columns, rows, images
-                    )
-                    held = (2 * nt if flat else rt * nt * window) + 4 * mt
-                    if mode == "fp32":
-                        held += 4 * mt + 4 * nt
-                    if accumulators + held > _WEIGHT_REGISTERS + registers:
-                        continue
-                    k_tile = 16 * mt * vk
-                    out_row = 8 * nt * vc if flat else channels * taps
-                    words = k_tile * dz + channels * x
-                    if not flat:
-                        words += max(0, vr * rt - taps_h) * pitch
-                    parts = 1 if vp * k_tile * out_row <= words else 2 * mt
-                    shared = 4 * max(words, vp * k_tile // parts * out_row)
-                    if shared > _SHARED_LIMIT:
-                        continue
-                    quads = padded[columns] // columns
-                    for segment in {rows, *(n for n in (1, 2, 3, 4, 6, 8) if rows % n == 0)}:
-                        units = images // per_step * quads * (rows // segment)
-                        if units % vp:
-                            continue
-                        k_tiles = _ceil(shape.filters, k_tile)
-                        c_tiles = 1 if flat else _ceil(shape.channels, channels)
-                        stages = _ceil(_BATCH, images) * _ceil(height, rows)
-                        row_steps = units // vp * segment * height / _up(height, rows)
-                        mma = row_steps * mt * nt * warp_taps * products
-                        if flat:
-                            words = row_steps * (4 * mt + 2 * nt * (lane // 2))
-                            extra = row_steps * nt * 4
-                        else:
-                            words = row_steps * (4 * mt + nt * window * max(1, rt if
-                                shape.stride[0] >= rt else shape.stride[0]))
-                            words += units // vp * nt * window * max(0, rt - 1)
-                            extra = row_steps * (rt - 1) * nt * window / 8
-                        x_rows = min((rows - 1) * shape.stride[0] + taps_h, shape.height)
-                        fetch = images * (
-                            k_tile * rows * width + channels * x_rows * shape.width
-                        )
-                        clocks = WARPS * (_MMA * mma + _LOAD * words + 0.5 * extra)
-                        # a unit, a row of it and a stage take this long to begin
-                        clocks += WARPS * (40 * units // vp + 10 * row_steps)
-                        clocks += _FETCH * fetch + 1000
-                        tiles = k_tiles * c_tiles
-                        per_block = _ceil(stages * tiles, 2 * _PROCESSORS)
-                        resident = 1.0 if shared <= 110 * 1024 else 1.3
-                        finish = parts * 200 + k_tile * out_row * (20 + 2 * vp) / THREADS + 1500
-                        total = 2 * (per_block * clocks + finish) * resident
-                        if stages * tiles < 2 * _PROCESSORS:
-                            total *= max(0.5, stages * tiles / (2 * _PROCESSORS))
-                        yield total, {
-                            "DW_FLAT": int(flat), "DW_COLUMNS": columns, "DW_MT": mt,
-                            "DW_NT": nt, "DW_RT": rt, "DW_VK": vk, "DW_VC": vc,
-                            "DW_VR": vr, "DW_VP": vp, "DW_TI": images, "DW_TP": rows,
-                            "DW_SEGMENT": segment,
-                        }, shared, tiles, images, _ceil(height, rows)  # fmt: skip
+        else:
+            rt, channels = _ceil(taps_h, vr), 8 * nt * vc
+            warp_taps, out_row = rt * taps_w, channels * taps
+            if vr > 1 and _ceil(taps_h, vr // 2) == rt or channels >= 2 * _up(shape.channels, 8):
+                continue
+        accumulators = 4 * mt * nt * warp_taps
+        for columns, rows, images, dz, x, window, pitch in tiles:
+            held = 2 * nt * (1 if flat else rt * window) + 4 * mt
+            if mode == "fp32":
+                held += 4 * mt + 4 * nt
+            if accumulators + held > _WEIGHT_REGISTERS + registers:
+                continue
+            words = k_tile * dz + channels * x
+            if not flat:
+                words += max(0, vr * rt - taps_h) * pitch
+            parts = 1 if vp * k_tile * out_row <= words else 2 * mt
+            shared = 4 * max(words, vp * k_tile // parts * out_row)
+            if shared > _SHARED_LIMIT:
+                continue
+            k_tiles = _ceil(shape.filters, k_tile)
+            c_tiles = 1 if flat else _ceil(shape.channels, channels)
+            row_steps = _ceil(height, rows)
+            stages = _ceil(_BATCH, images) * row_steps * k_tiles * c_tiles
+            x_rows = min((rows - 1) * step + taps_h, shape.height)
+            fetch = images * (k_tile * rows * width + channels * x_rows * shape.width)
+            out_clocks = k_tile * out_row * (20 + 2 * vp) / THREADS
+            for segment in {rows, *(n for n in (1, 2, 3, 4, 6, 8) if rows % n == 0)}:
+                quads, per_step = _ceil(width, columns), 4 * lane // columns
+                units = _ceil(images // per_step * quads * (rows // segment), vp)
+                warp_rows = units * segment * height / (row_steps * rows)
+                mma = warp_rows * mt * nt * warp_taps
+                if flat:
+                    loads = warp_rows * (4 * mt + 2 * nt * lane // 2)
+                else:
+                    loads = warp_rows * (4 * mt + 2 * nt * window * min(rt, step))
+                    loads += 2 * units * nt * window * max(0, rt - step)
+                clocks = WARPS * (_MMA[mode] * mma + _LOAD[mode] * loads)
+                # a unit, a row of it, a stage and a block take this long to begin and end
+                clocks += WARPS * (40 * units + 10 * warp_rows) + _FETCH * fetch + 1000
+                per_block = _ceil(stages, 2 * _PROCESSORS)
+                total = 2 * (per_block * clocks + parts * 200 + out_clocks + 1500)
+                if stages < 2 * _PROCESSORS:
+                    total *= max(0.5, stages / (2 * _PROCESSORS))
+                macros = {
+                    "DW_FLAT": int(flat), "DW_COLUMNS": columns, "DW_MT": mt, "DW_NT": nt,
+                    "DW_RT": rt, "DW_VK": vk, "DW_VC": vc, "DW_VR": vr, "DW_VP": vp,
+                    "DW_TI": images, "DW_TP": rows, "DW_SEGMENT": segment,
+                }  # fmt: skip
+                yield total, macros, shared, k_tiles * c_tiles, images, row_steps
 
 
 def _best(plans, shape, mode):

@@ -183,11 +183,11 @@ def _run_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, stride, paddin
     gpu = _get(device.index)
     splits, stages = plan.splits(n, gpu.sm_count)
     partials = _allocate(splits, weight, dweight, dbias)
-    weight_blocks = plan.weight_tiles * splits
+    data_blocks = plan.data_blocks(n)
     made.kernel(
-        gpu.compute, weight_blocks + plan.data_blocks(n), THREADS, dy,
+        gpu.compute, data_blocks + plan.weight_tiles * splits, THREADS, dy,
         y if relu and pool is None else None, code, x, weight, dx, partials.weight,
-        partials.bias, n, weight_blocks, stages, shared=plan.shared, dependent=True,
+        partials.bias, n, data_blocks, stages, shared=plan.shared, dependent=True,
     )  # fmt: skip
     return dx, partials
 
