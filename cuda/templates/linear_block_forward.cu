@@ -1,25 +1,30 @@
-// linear_block_forward: y = relu(x weight^T + bias), and head_forward: the last linear layer
-// with log-softmax, mean negative log-likelihood and the gradient of the logits.
+// linear_block_forward: y = relu(x weight^T + bias); head_forward: the last linear
+// layer with log-softmax, mean negative log-likelihood and the gradient of the logits;
+// tail_forward: a linear layer and the head behind it (Hopper's clusters). KERNEL: 0,
+// 1, 2.
 //
 //   y[n][o] = sum_i x[n][i] weight[o][i] + bias[o]                          (then ReLU)
 //   log_probs = y - log sum_o exp y,   loss = -1/N sum_n log_probs[n][labels[n]]
 //   dlogits = d loss / d y = (exp(log_probs) - onehot(labels)) / N
 //
-// Small products live on latency, not on arithmetic. Operands go straight from memory to
-// mma.sync fragments (fused.cuh), with no shared memory in between: both matrices are
-// contiguous along the contraction i, and its order is free as long as both use the same one.
-// In a block of 16 numbers lane t of a row takes 4 t to 4 t + 3, one 16-byte load: for tf32
-// two products (0 and 1, then 2 and 3, as words t and t + 4), for bf16 one (pairs as words).
-// The WARPS of a block take blocks of i in turn and their sums are added in warp order.
+// Small products live on latency, not on arithmetic. Operands go straight from memory
+// to mma.sync fragments (fused.cuh), with no shared memory in between: both matrices
+// are contiguous along the contraction i, and its order is free as long as both use the
+// same one. In a block of 16 numbers lane t of a row takes 4 t to 4 t + 3, one 16-byte
+// load: for tf32 two products (0 and 1, then 2 and 3, as words t and t + 4), for bf16
+// one (pairs as words). The WARPS of a block take blocks of i in turn and their sums
+// are added in warp order.
 #include "fused.cuh"
 
 constexpr int K_BLOCKS = ceil_div(I, 16);
 constexpr int AHEAD = ceil_div(K_BLOCKS, WARPS) < 4 ? ceil_div(K_BLOCKS, WARPS) : 4;
 
 // 4 numbers from row[i] on; zeros past I and for no row
-__device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i, bool some) {
+__device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i,
+                                          bool some) {
   if (I % 4 == 0) {
-    const float4 q = some && i < I ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
+    const float4 q =
+        some && i < I ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
     v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
   } else {
 #pragma unroll
@@ -27,11 +32,13 @@ __device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i
   }
 }
 
-// d[m][n] += rows 16 m + g (+ 8) of x times rows 8 n + g of weight, over this warp's blocks.
-// x, weight: first rows of the tile; rows, outputs: how many exist from there on.
+// d[m][n] += rows 16 m + g (+ 8) of x times rows 8 n + g of weight, over this warp's
+// blocks. x, weight: first rows of the tile; rows, outputs: how many exist from there
+// on.
 template <int m_tiles, int n_tiles>
-__device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4], const float* x,
-                                         int rows, const float* weight, int outputs) {
+__device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4],
+                                         const float* x, int rows, const float* weight,
+                                         int outputs) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll AHEAD
   for (int block = warp; block < K_BLOCKS; block += WARPS) {
@@ -50,11 +57,13 @@ __device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4], const 
     if (MODE == MODE_BF16) {
 #pragma unroll
       for (int m = 0; m < m_tiles; ++m) {
-        const u32 aw[4] = {pack_bf16(a[m][0][0], a[m][0][1]), pack_bf16(a[m][1][0], a[m][1][1]),
-                           pack_bf16(a[m][0][2], a[m][0][3]), pack_bf16(a[m][1][2], a[m][1][3])};
+        const u32 aw[4] = {
+            pack_bf16(a[m][0][0], a[m][0][1]), pack_bf16(a[m][1][0], a[m][1][1]),
+            pack_bf16(a[m][0][2], a[m][0][3]), pack_bf16(a[m][1][2], a[m][1][3])};
 #pragma unroll
         for (int n = 0; n < n_tiles; ++n)
-          mma_bf16(d[m][n], aw, pack_bf16(b[n][0], b[n][1]), pack_bf16(b[n][2], b[n][3]));
+          mma_bf16(d[m][n], aw, pack_bf16(b[n][0], b[n][1]),
+                   pack_bf16(b[n][2], b[n][3]));
       }
     } else {
 #pragma unroll
@@ -73,7 +82,8 @@ __device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4], const 
             const u32 b0 = round_tf32(b[n][e]), b1 = round_tf32(b[n][e + 1]);
             if (MODE == MODE_FP32) {
               mma_tf32(d[m][n], small, b0, b1);
-              mma_tf32(d[m][n], big, rest_tf32(b[n][e], b0), rest_tf32(b[n][e + 1], b1));
+              mma_tf32(d[m][n], big, rest_tf32(b[n][e], b0),
+                       rest_tf32(b[n][e + 1], b1));
             }
             mma_tf32(d[m][n], big, b0, b1);
           }
@@ -84,7 +94,8 @@ __device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4], const 
 
 // This warp's sums to shared[warp][row][pitch].
 template <int m_tiles, int n_tiles, int pitch>
-__device__ __forceinline__ void store_sums(const float (&d)[m_tiles][n_tiles][4], float* shared) {
+__device__ __forceinline__ void store_sums(const float (&d)[m_tiles][n_tiles][4],
+                                           float* shared) {
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < 2 * m_tiles; ++m)
@@ -94,15 +105,26 @@ __device__ __forceinline__ void store_sums(const float (&d)[m_tiles][n_tiles][4]
           make_float2(d[m / 2][n][m % 2 * 2], d[m / 2][n][m % 2 * 2 + 1]);
 }
 
-#if !HEAD
-// Launch: grid (ceil(N / (16 M_TILES)), ceil(O / (8 N_TILES))), block 32 WARPS, no dynamic
-// shared memory.
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
+  return v;
+}
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+  return v;
+}
+
+#if KERNEL == 0
+// Launch: grid (ceil(N / (16 M_TILES)), ceil(O / (8 N_TILES))), block 32 WARPS, no
+// dynamic shared memory.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-linear_block_forward(const float* x,       // [N][I]
-                     const float* weight,  // [O][I]
-                     const float* bias,    // [O]
-                     float* y,             // [N][O]
-                     int N) {
+    linear_block_forward(const float* x,       // [N][I]
+                         const float* weight,  // [O][I]
+                         const float* bias,    // [O]
+                         float* y,             // [N][O]
+                         int N) {
   constexpr int ROWS = 16 * M_TILES, COLUMNS = 8 * N_TILES, PITCH = COLUMNS + 8;
   __shared__ float sums[WARPS * ROWS * PITCH];
   const int n0 = blockIdx.x * ROWS, o0 = blockIdx.y * COLUMNS;
@@ -113,8 +135,8 @@ linear_block_forward(const float* x,       // [N][I]
   const int column = threadIdx.x % COLUMNS;
   const float b = HAS_BIAS && o0 + column < O ? bias[o0 + column] : 0.f;
   float d[M_TILES][N_TILES][4] = {};
-  multiply<M_TILES, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
-                             O - o0);
+  multiply<M_TILES, N_TILES>(d, x + (long long)n0 * I, N - n0,
+                             weight + (long long)o0 * I, O - o0);
   store_sums<M_TILES, N_TILES, PITCH>(d, sums);
   __syncthreads();
 #pragma unroll
@@ -129,51 +151,43 @@ linear_block_forward(const float* x,       // [N][I]
   }
 }
 
-#else
-// Launch: grid CLUSTER = one cluster of as many blocks (1 before Hopper), block 32 WARPS,
-// dynamic shared memory SHARED_BYTES. Block r takes rows 16 r to 16 r + 15 and every CLUSTER-th such run after it.
-// The loss: sums of a warp's rows, of a block's warps, of the blocks, each in fixed order.
+#elif KERNEL == 1
+// Launch: grid CLUSTER = one cluster of as many blocks (1 before Hopper), block 32
+// WARPS, dynamic shared memory SHARED_BYTES. Block r takes rows 16 r to 16 r + 15 and
+// every CLUSTER-th such run after it. The loss: sums of a warp's rows, of a block's
+// warps, of the blocks, each in fixed order.
 constexpr int PITCH = 8 * N_TILES + 8;             // of the partial sums
 constexpr int L_PITCH = round_up(O, 8 * N_TILES);  // of the logits
 static_assert(4 * 16 * (WARPS * PITCH + L_PITCH) <= SHARED_BYTES, "shared memory");
 
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, step));
-  return v;
-}
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
-  return v;
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #if CLUSTER > 1
-__cluster_dims__(CLUSTER)
+    __cluster_dims__(CLUSTER)
 #endif
-head_forward(const float* x,       // [N][I]
-             const float* weight,  // [O][I]
-             const float* bias,    // [O]
-             const int* labels,    // [N]
-             float* log_probs,     // [N][O]
-             float* loss,          // []
-             float* dlogits,       // [N][O]
-             int N) {
+        head_forward(const float* x,       // [N][I]
+                     const float* weight,  // [O][I]
+                     const float* bias,    // [O]
+                     const int* labels,    // [N]
+                     float* log_probs,     // [N][O]
+                     float* loss,          // []
+                     float* dlogits,       // [N][O]
+                     int N) {
   extern __shared__ __align__(16) float shared[];
-  __shared__ float losses[WARPS], block_losses[CLUSTER];
-  __shared__ u64 come;
-  float* sums = shared;                      // [WARPS][16][PITCH]
+  __shared__ float losses[WARPS];
+  float* sums = shared;                       // [WARPS][16][PITCH]
   float* logits = sums + WARPS * 16 * PITCH;  // [16][L_PITCH]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (CLUSTER > 1) {
-    if (threadIdx.x == 0) {
-      barrier_init(shared_address(&come), 1);
-      barrier_init_fence();
-    }
-    __syncwarp();
-    arrive_cluster();  // a block's shared memory may be written once the block runs
+#if CLUSTER > 1
+  __shared__ float block_losses[CLUSTER];
+  __shared__ u64 come;
+  const u32 barrier = shared_address(&come);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
   }
+  __syncwarp();
+  arrive_cluster();  // a block's shared memory may be written once the block runs
+#endif
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
@@ -198,12 +212,14 @@ head_forward(const float* x,       // [N][I]
         b[j] = HAS_BIAS && o < O ? bias[o] : 0.f;
       }
       float d[1][N_TILES][4] = {};
-      multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I, O - o0);
+      multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
+                           O - o0);
       store_sums<1, N_TILES, PITCH>(d, sums);
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < MINE; ++j) {
-        const int i = j * 32 * WARPS + threadIdx.x, row = i / COLUMNS, column = i % COLUMNS;
+        const int i = j * 32 * WARPS + threadIdx.x, row = i / COLUMNS,
+                  column = i % COLUMNS;
         if (row >= 16) break;
         float sum = 0.f;
 #pragma unroll
@@ -238,12 +254,13 @@ head_forward(const float* x,       // [N][I]
 
   if (lane == 0) losses[warp] = warp_loss;
   __syncthreads();
-  if (CLUSTER > 1) wait_cluster();
+#if CLUSTER > 1
+  wait_cluster();
+#endif
   if (threadIdx.x == 0) {
     float sum = 0.f;
     for (int w = 0; w < WARPS; ++w) sum += losses[w];
 #if CLUSTER > 1
-    const u32 barrier = shared_address(&come);
     send_to_block(shared_address(block_losses + blockIdx.x), barrier, 0, sum);
     if (blockIdx.x == 0) {
       barrier_expect(barrier, 4 * CLUSTER);
@@ -253,6 +270,116 @@ head_forward(const float* x,       // [N][I]
     }
 #endif
     if (blockIdx.x == 0) loss[0] = sum / (float)N;
+  }
+}
+
+#else
+// hidden = relu(x weight^T + bias), then the head on it. A cluster of 8 blocks has 16
+// images: each block computes 8 N_TILES of the hidden outputs for all 16, reads its
+// weights once, and sends every image's part to the block that finishes it (two images
+// a block). The loss is left as a term for each image, losses[n] =
+// -log_probs[n][label], to be added where it is wanted: adding them here would cost a
+// wait for all blocks.
+//
+// The second product is float32 in every mode: a warp takes an image and every fourth
+// class, a lane every 32nd input.
+//
+// Launch: grid 8 ceil(N / 16) in clusters of 8, block 256, no dynamic shared memory.
+constexpr int CLUSTER = 8, SLICE = 8 * N_TILES, PITCH = SLICE + 8, HIDDEN = 8 * SLICE;
+constexpr int CLASSES = ceil_div(O, 4), PARTS_OF_LANE = ceil_div(HID, 32);
+static_assert(WARPS == 8 && O <= 32 && HID <= HIDDEN, "what a cluster can hold");
+
+extern "C" __global__ void __launch_bounds__(256) __cluster_dims__(CLUSTER)
+    tail_forward(const float* x,           // [N][I]
+                 const float* weight,      // [HID][I]
+                 const float* bias,        // [HID]
+                 const float* weight_out,  // [O][HID]
+                 const float* bias_out,    // [O]
+                 const int* labels,        // [N]
+                 float* hidden,            // [N][HID]
+                 float* log_probs,         // [N][O]
+                 float* losses,            // [N]
+                 float* dlogits,           // [N][O]
+                 int N) {
+  __shared__ float sums[WARPS * 16 * PITCH];
+  __shared__ float mine[2][HIDDEN], logits[2][32];
+  __shared__ u64 come;
+  const u32 barrier = shared_address(&come);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32,
+            rank = blockIdx.x % CLUSTER;
+  const int n0 = blockIdx.x / CLUSTER * 16, o0 = rank * SLICE;
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+    barrier_expect(barrier, 4 * 2 * HIDDEN);
+  }
+  __syncwarp();
+  arrive_cluster();
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+
+  // early, beside the operands of the product
+  const int image = warp % 2, n = n0 + 2 * rank + image;
+  float w[CLASSES][PARTS_OF_LANE];
+#pragma unroll
+  for (int c = 0; c < CLASSES; ++c)
+#pragma unroll
+    for (int j = 0; j < PARTS_OF_LANE; ++j) {
+      const int o = warp / 2 + 4 * c, i = lane + 32 * j;
+      w[c][j] = o < O && i < HID ? weight_out[o * HID + i] : 0.f;
+    }
+  const float b_out = HAS_BIAS_OUT && lane < O ? bias_out[lane] : 0.f;
+  const int label = n < N ? labels[n] : 0;
+  constexpr int MINE = ceil_div(16 * SLICE, 256);
+  float b[MINE];
+#pragma unroll
+  for (int j = 0; j < MINE; ++j) {
+    const int o = o0 + (j * 256 + threadIdx.x) % SLICE;
+    b[j] = HAS_BIAS && o < HID ? bias[o] : 0.f;
+  }
+
+  float d[1][N_TILES][4] = {};
+  multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
+                       HID - o0);
+  store_sums<1, N_TILES, PITCH>(d, sums);
+  __syncthreads();
+  wait_cluster();  // the others run, their barriers are ready
+#pragma unroll
+  for (int j = 0; j < MINE; ++j) {
+    const int i = j * 256 + threadIdx.x, row = i / SLICE, column = i % SLICE;
+    if (row >= 16) break;
+    float sum = b[j];
+#pragma unroll
+    for (int v = 0; v < WARPS; ++v) sum += sums[(v * 16 + row) * PITCH + column];
+    if (RELU && sum <= 0.f) sum = 0.f;
+    send_to_block(shared_address(&mine[row % 2][o0 + column]), barrier, row / 2, sum);
+    if (n0 + row < N && o0 + column < HID)
+      hidden[(long long)(n0 + row) * HID + o0 + column] = sum;
+  }
+
+  barrier_wait_cluster(barrier, 0);
+#pragma unroll
+  for (int c = 0; c < CLASSES; ++c) {
+    float z = 0.f;
+#pragma unroll
+    for (int j = 0; j < PARTS_OF_LANE; ++j)
+      if (lane + 32 * j < HID) z += w[c][j] * mine[image][lane + 32 * j];
+    z = warp_sum(z);
+    if (lane == 0 && warp / 2 + 4 * c < O) logits[image][warp / 2 + 4 * c] = z;
+  }
+  __syncthreads();
+  if (warp < 2 && n < N) {
+    const float z =
+        lane < O ? logits[image][lane] + b_out : -__int_as_float(0x7f800000);
+    const float high = warp_max(z);
+    const float log_prob = z - high - logf(warp_sum(lane < O ? expf(z - high) : 0.f));
+    if (lane < O) {
+      log_probs[n * O + lane] = log_prob;
+      dlogits[n * O + lane] = (expf(log_prob) - (lane == label ? 1.f : 0.f)) / (float)N;
+    }
+    // a label that is no class gives NaN
+    if (label < 0 || label >= O) losses[n] = __int_as_float(0x7fffffff);
+    else if (lane == label) losses[n] = -log_prob;
   }
 }
 #endif

@@ -1,7 +1,7 @@
 """Fused forward operations on a GPU: plans, launch shapes, arguments.
 
-The kernels (``cuda/templates/*_forward.cu``) are specialised for a layer: its shape, its
-tile and the precision are options of the compiler, only the batch is known later. A
+The kernels (``cuda/templates/*_forward.cu``) are specialised for a layer: its shape,
+its tile and the precision are options of the compiler, only the batch is known later. A
 plan is what is chosen here for a layer: all plain integers, made without a GPU.
 """
 
@@ -23,7 +23,12 @@ _FLOAT32, _UINT8 = np.dtype("float32"), np.dtype("uint8")
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
 
 # Kibibytes of shared memory: most for a block, and of a multiprocessor.
-_SHARED = {(8, 0): (163, 164), (8, 7): (163, 164), (9, 0): (227, 228), (10, 0): (227, 228)}
+_SHARED = {
+    (8, 0): (163, 164),
+    (8, 7): (163, 164),
+    (9, 0): (227, 228),
+    (10, 0): (227, 228),
+}
 _SHARED_ELSEWHERE = (99, 100)
 _MAX_POSITIONS = 32  # of a pooling window whose sums a thread keeps
 
@@ -114,11 +119,11 @@ def _shape_options(shape):
     )
 
 
-# The general convolution: every tile that fits is priced in clocks and the cheapest taken.
+# The general convolution: every tile that fits is priced in clocks, the cheapest taken.
 
-# Clocks of a multiprocessor for a 16 x 8 x 8 (words) product with mma.sync; Hopper's wgmma
-# needs 1. Bytes a clock from the L2 cache and from shared memory. Clocks to start and end a
-# block, and of a round trip to the L2 cache.
+# Clocks of a multiprocessor for a 16 x 8 x 8 (words) product, with mma.sync and with
+# wgmma. Bytes a clock from the L2 cache and from shared memory. Clocks to start and end
+# a block, and of a round trip to the L2 cache. Measured on an H100 (bench/NOTES.md).
 _MMA_CLOCKS, _WGMMA_CLOCKS, _L2_BYTES, _SHARED_BYTES = 1.7, 1.05, 40, 128
 _START_CLOCKS, _TRIP_CLOCKS = 2200, 800
 
@@ -143,13 +148,13 @@ class Tile(NamedTuple):
 
 
 def _extents(used, pool):
-    """Sizes of a tile along an axis: the pool's power-of-two multiples, and all of it."""
+    """Sizes of a tile along an axis: power-of-two multiples of the pool, and all."""
     sizes = {pool << i for i in range(7) if pool << i < 2 * used}
     return sorted(sizes | {used})
 
 
 def _geometry(shape, tile_p, tile_q, images, tk, cq, mode):
-    """Sizes in the kernel's words: (chunks, bytes of an input buffer, of a filter row)."""
+    """(chunks, bytes of an input buffer, of a filter row), as in the kernel."""
     quad = 8 if mode == 2 else 4
     parts = 2 if mode == 0 else 1
     rows = (tile_p - 1) * shape.stride[0] + shape.R
@@ -174,8 +179,20 @@ def _warp_layouts(machine, pixels, row_pixels, tile_p, tk, cq):
             if pixels // 64 % groups == 0 and cq % (2 * k) == 0:
                 yield 1, 4 * groups, 1, k
     for m, n, k in (
-        (4, 2, 1), (2, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (8, 1, 1), (2, 1, 1),
-        (2, 1, 4), (1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 1, 4), (1, 1, 2), (2, 1, 2),
+        (4, 2, 1),
+        (2, 4, 1),
+        (2, 2, 1),
+        (4, 1, 1),
+        (1, 4, 1),
+        (8, 1, 1),
+        (2, 1, 1),
+        (2, 1, 4),
+        (1, 2, 4),
+        (2, 2, 2),
+        (1, 1, 8),
+        (1, 1, 4),
+        (1, 1, 2),
+        (2, 1, 2),
         (4, 1, 2),
     ):
         if pixels % (16 * m) == 0 and tk % (8 * n) == 0 and cq % (2 * k) == 0:
@@ -249,9 +266,7 @@ def _price(shape, n, machine, tile, mode):
     def together(count):
         if not count:
             return 0
-        chunk = max(
-            count * multiply, count * loaded / _L2_BYTES, count * loads, stage
-        )
+        chunk = max(count * multiply, count * loaded / _L2_BYTES, count * loads, stage)
         return _START_CLOCKS + stage + chunks * (chunk + 150) + count * last
 
     full, rest = divmod(blocks, machine.sm_count * tile.BLOCKS_PER_SM)
@@ -265,7 +280,8 @@ def conv_tiles(shape, n, machine, mode):
     p, q = shape.pooled
     used_p, used_q = p * shape.pool[0], q * shape.pool[1]
     quads = _round_up(ceil_div(shape.C, 8 if mode == 2 else 4), 2)
-    most, total = machine.shared
+    # small tiles read more; they are for layers too small to fill the GPU
+    least = min(8192, n * p * q * shape.K // (4 * machine.sm_count))
     for images in (1, 2, 4, 8, 16, 32):
         if images > 1 and images >= 2 * n:
             break
@@ -279,6 +295,8 @@ def conv_tiles(shape, n, machine, mode):
                 for tk in (8, 16, 32, 64, 128):
                     if tk >= 2 * _round_up(shape.K, 8):
                         break
+                    if pixels * tk < least:
+                        continue
                     for cq in (2, 4, 8, 16):
                         if cq > quads:
                             break
@@ -287,7 +305,7 @@ def conv_tiles(shape, n, machine, mode):
                         )
 
 
-def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
+def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq, extra=0):
     pixels = images * tile_p * tile_q
     most, total = machine.shared
     chunks, x_bytes, w_row = _geometry(shape, tile_p, tile_q, images, tk, cq, mode)
@@ -297,7 +315,7 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
     w_rows = shape.R if shape.R * w_row <= 12 << 10 else 1
     groups = shape.R // w_rows
     for blocks in (1, 2):
-        shared = min(most, total // blocks - 1) * 1024
+        shared = min(most, total // blocks - 1) * 1024 - extra
         room = (shared - kept * x_bytes - 4 * tk - 512) // (w_rows * w_row + 8)
         slots = min(room, chunks * groups, 24)
         if slots < kept * groups:
@@ -327,8 +345,20 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq):
                     and needed <= shared
                 ):
                     yield Tile(
-                        images, tile_p, tile_q, tk, cq, w_rows, slots,
-                        wgmma, m, n, k, stagers, blocks, needed,
+                        images,
+                        tile_p,
+                        tile_q,
+                        tk,
+                        cq,
+                        w_rows,
+                        slots,
+                        wgmma,
+                        m,
+                        n,
+                        k,
+                        stagers,
+                        blocks,
+                        needed,
                     )
                     break
 
@@ -342,7 +372,13 @@ def block_plan(shape, tile, mode, settled=False):
     units = channel_tiles * tile.TK * quads * shape.R * shape.S
     return Plan(
         "conv_block_forward",
-        (*_shape_options(shape), ("MODE", mode), ("SETTLED", settled), *zip(Tile._fields, tile)),
+        (
+            *_shape_options(shape),
+            ("MODE", mode),
+            ("SETTLED", settled),
+            ("FIRST", 0),
+            *zip(Tile._fields, tile),
+        ),
         bool(tile.WGMMA),
         32 * (tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS),
         tile.SHARED_BYTES,
@@ -364,8 +400,10 @@ def few_plan(shape, n, machine, mode, gather=False):
         return None
     p, q = shape.pooled
     parts = 2 if mode == 0 else 1
-    m_tiles = min(ceil_div(shape.K, 16), 4 // parts, max(1, 32 // positions))
-    groups = max(1, 4 // positions)
+    m_tiles = min(
+        ceil_div(shape.K, 16), 4 // parts, max(1, _MAX_POSITIONS // positions)
+    )
+    groups = max(1, 2 // positions)
     channel_tiles = ceil_div(shape.K, 16 * m_tiles)
     steps = ceil_div(shape.C * shape.R * shape.S, 8)
     for row_tiles in range(1, p + 1):
@@ -375,44 +413,130 @@ def few_plan(shape, n, machine, mode, gather=False):
         words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
         words += 16 * m_tiles * (8 * steps + 4)
         shared = 4 * parts * words
-        enough = n * ceil_div(p, rows) * channel_tiles >= machine.sm_count or passes <= 4
-        if shared <= machine.shared[0] * 1024 and passes <= 32 and enough:
+        # enough blocks and warps with little to do each, if the rows allow it
+        blocks = n * ceil_div(p, rows) * channel_tiles
+        quick = passes <= 18 and (blocks >= machine.sm_count or passes <= 4)
+        if shared <= machine.shared[0] * 1024 and (quick or rows == 1):
             break
     else:
         return None
-    warps = ceil_div(passes, ceil_div(passes, 8))
-    return few_variant(shape, mode, 16 * m_tiles, rows, groups, warps, shared, gather)
-
-
-def few_variant(shape, mode, tk, rows, groups, warps, shared, gather=False):
+    warps = ceil_div(passes, ceil_div(passes, 9))
     options = (
         *_shape_options(shape),
         ("MODE", mode),
-        ("TK", tk),
+        ("TK", 16 * m_tiles),
         ("TPP", rows),
         ("GROUPS", groups),
         ("WARPS", warps),
-        ("BLOCKS_PER_SM", 1),
         ("SHARED_BYTES", shared),
         ("GATHER", gather),
     )
     return Plan(
-        "conv_few_forward", options, False, 32 * warps, shared, 1,
-        ceil_div(shape.pooled[0], rows), ceil_div(shape.K, tk),
+        "conv_few_forward",
+        options,
+        False,
+        32 * warps,
+        shared,
+        1,
+        ceil_div(p, rows),
+        channel_tiles,
+    )
+
+
+# Two convolutions in one kernel
+
+
+@lru_cache(None)
+def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
+    """The plan for a first convolution and the one behind it, or None.
+
+    A block makes all of the first one's output for an image and multiplies it at once,
+    so that must fit its shared memory beside the second filter. Not for "fp32".
+    """
+    quad = 8 if mode == 2 else 4
+    positions = first.pool[0] * first.pool[1]
+    m_tiles = ceil_div(first.K, 16)
+    if mode == 0 or machine.capability < (8, 0) or first.C > 4:
+        return None
+    if min(*first.pooled, *second.pooled) < 1 or (first.K, *first.pooled) != second[:3]:
+        return None
+    if m_tiles * positions > _MAX_POSITIONS:
+        return None
+    cq = _round_up(ceil_div(second.C, quad), 2)
+    steps = ceil_div(first.C * first.R * first.S, 8)
+    rows = (second.H * first.pool[0] - 1) * first.stride[0] + first.R
+    image_bytes = first.C * rows * (first.W + 2 * first.padding[1])
+    extra = 4 * (image_bytes + 16 * m_tiles * (8 * steps + 4)) + 16
+    used_p = second.pooled[0] * second.pool[0]
+    used_q = second.pooled[1] * second.pool[1]
+    kept = min(64, steps * m_tiles * 4)  # registers of the first filter
+    best = None
+    wide = _round_up(used_q, 8 * second.pool[1])
+    for tile_p in _extents(used_p, second.pool[0]):
+        for tile_q in {*_extents(used_q, second.pool[1]), wide}:
+            if (
+                tile_p < used_p
+                or tile_q < used_q
+                or tile_q % 8
+                or tile_p * tile_q > 512
+            ):
+                continue
+            for tk in (8, 16, 32, 64, 128):
+                if tk < second.K and tk < 128 or tile_p * tile_q % 16:
+                    continue
+                for tile in _completed(
+                    second, machine, mode, 1, tile_p, tile_q, tk, cq, extra
+                ):
+                    threads = 32 * (
+                        tile.WARPS_M * tile.WARPS_N * tile.WARPS_K + tile.STAGERS
+                    )
+                    if kept + 4 * m_tiles * positions + 44 > 65536 // threads:
+                        continue
+                    price = _price(second, n, machine, tile, mode)
+                    if tile.BLOCKS_PER_SM == 1 and (best is None or price < best[0]):
+                        best = price, tile
+                if tk >= second.K:
+                    break
+    if best is None:
+        return None
+    tile = best[1]._replace(SHARED_BYTES=best[1].SHARED_BYTES + extra)
+    plan = block_plan(second, tile, mode, settled)
+    names = "CHWKRS"
+    options = {
+        **dict(plan.options),
+        **{f"FIRST_{name}": value for name, value in zip(names, first[:6])},
+        **{f"FIRST_{name}": value for name, value in _shape_options(first)[6:]},
+        "FIRST_GROUPS": max(1, 4 // positions // m_tiles),
+        "FIRST": 1,
+        "GATHER": gather,
+    }
+    for unused in ("FIRST_K", "FIRST_HAS_CODE"):
+        del options[unused]
+    return plan._replace(options=tuple(options.items()))
+
+
+@lru_cache(None)
+def _best_tile(shape, n, machine, mode):
+    tiles = conv_tiles(shape, n, machine, mode)
+    return min(
+        tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None
     )
 
 
 @lru_cache(None)
-def conv_plan(shape, n, machine, mode):
-    """The plan for a layer and a batch of up to ``n``; None where there is none."""
+def conv_plan(shape, n, machine, mode, settled=False):
+    """The plan for a layer and a batch of up to ``n``; None where there is none.
+
+    ``settled``: its packed filter was complete before the kernel ahead of it started.
+    """
     if min(shape.pooled) < 1 or machine.capability < (8, 0):
         return None
     plan = few_plan(shape, n, machine, mode)
     if plan is not None:
         return plan
-    tiles = conv_tiles(shape, n, machine, mode)
-    best = min(tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None)
-    return None if best is None else block_plan(shape, best, mode)
+    # one tile for all layers of this shape, so that they share a packed filter
+    tile = _best_tile(shape._replace(relu=True, bias=True, code=True), n, machine, mode)
+    return None if tile is None else block_plan(shape, tile, mode, settled)
 
 
 # Linear layers
@@ -420,7 +544,7 @@ def conv_plan(shape, n, machine, mode):
 
 @lru_cache(None)
 def linear_plan(n, i, o, relu, bias, machine, mode):
-    """The plan of a linear layer for a batch of up to ``n``; None where there is none."""
+    """The plan of a linear layer for a batch up to ``n``; None where there is none."""
     if machine.capability < (8, 0):
         return None
     # larger tiles read less, smaller ones finish sooner: as large as keeps the GPU busy
@@ -431,8 +555,15 @@ def linear_plan(n, i, o, relu, bias, machine, mode):
     most = 4 if (m_tiles, n_tiles) == (4, 4) else 8  # static shared memory: 48 KiB
     warps = min(most, ceil_div(i, 16))
     options = (
-        ("HEAD", 0), ("I", i), ("O", o), ("RELU", relu), ("HAS_BIAS", bias), ("MODE", mode),
-        ("M_TILES", m_tiles), ("N_TILES", n_tiles), ("WARPS", warps),
+        ("KERNEL", 0),
+        ("I", i),
+        ("O", o),
+        ("RELU", relu),
+        ("HAS_BIAS", bias),
+        ("MODE", mode),
+        ("M_TILES", m_tiles),
+        ("N_TILES", n_tiles),
+        ("WARPS", warps),
     )
     return Plan(
         "linear_block_forward", options, False, 32 * warps, 0, 16 * m_tiles, 1, grid[1]
@@ -452,13 +583,40 @@ def head_plan(i, o, bias, machine, mode):
     pitch = 8 * n_tiles
     shared = 4 * 16 * (warps * (pitch + 8) + _round_up(o, pitch))
     options = (
-        ("HEAD", 1), ("I", i), ("O", o), ("HAS_BIAS", bias), ("MODE", mode),
-        ("N_TILES", n_tiles), ("WARPS", warps), ("CLUSTER", cluster),
+        ("KERNEL", 1),
+        ("I", i),
+        ("O", o),
+        ("HAS_BIAS", bias),
+        ("MODE", mode),
+        ("N_TILES", n_tiles),
+        ("WARPS", warps),
+        ("CLUSTER", cluster),
         ("SHARED_BYTES", shared),
     )
     return Plan(
         "linear_block_forward", options, False, 32 * warps, shared, 1, 1, cluster
     )
+
+
+@lru_cache(None)
+def tail_plan(i, hidden, o, relu, bias, bias_out, machine, mode):
+    """The plan of a linear layer and the head behind it; None where there is none."""
+    clusters = (9, 0) <= machine.capability < (12, 0)
+    if not clusters or hidden > 256 or o > 32:
+        return None
+    options = (
+        ("KERNEL", 2),
+        ("I", i),
+        ("HID", hidden),
+        ("O", o),
+        ("RELU", relu),
+        ("HAS_BIAS", bias),
+        ("HAS_BIAS_OUT", bias_out),
+        ("MODE", mode),
+        ("N_TILES", ceil_div(hidden, 64)),
+        ("WARPS", 8),
+    )
+    return Plan("linear_block_forward", options, False, 256, 0, 16, 8, 1)
 
 
 # The operations
@@ -489,24 +647,44 @@ def _kernels(plan, name, signature):
     run = Kernel(plan.library, name, signature, definitions, plan.specific)
     pack = None
     if plan.packed_units:
-        pack = Kernel(plan.library, "conv_pack_filter", "PP", definitions, plan.specific)
+        pack = Kernel(
+            plan.library, "conv_pack_filter", "PP", definitions, plan.specific
+        )
     return _Kernels(plan, run, pack)
 
 
-@lru_cache(512)
-def _conv(x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision):
-    """(shape of y, kernels or None) of a convolution block."""
-    n, k, p, q = shapes.conv2d_output_shape(
+def _conv_shape(x_shape, w_shape, bias_shape, relu, pool, stride, padding):
+    """(ConvShape, shape of y); ShapeError where they do not fit."""
+    y_shape = n, k, _, _ = shapes.conv2d_output_shape(
         x_shape, w_shape, stride, padding, bias_shape=bias_shape
     )
-    y_shape = (n, k, p, q)
     if pool is not None:
         y_shape = shapes.pool2d_output_shape(y_shape, pool, pool)
     shape = ConvShape(
-        *x_shape[1:], k, *w_shape[2:], stride, padding, pool or (1, 1), relu,
-        bias_shape is not None, pool is not None,
+        *x_shape[1:],
+        k,
+        *w_shape[2:],
+        stride,
+        padding,
+        pool or (1, 1),
+        bool(relu),
+        bias_shape is not None,
+        pool is not None,
     )
-    plan = conv_plan(shape, _batch(n), _machine(index), _MODES[precision])
+    return shape, y_shape
+
+
+@lru_cache(512)
+def _conv(
+    x_shape, w_shape, bias_shape, relu, pool, stride, padding, index, precision, settled
+):
+    """(shape of y, kernels or None) of a convolution block."""
+    shape, y_shape = _conv_shape(
+        x_shape, w_shape, bias_shape, relu, pool, stride, padding
+    )
+    plan = conv_plan(
+        shape, _batch(x_shape[0]), _machine(index), _MODES[precision], settled
+    )
     if plan is None:
         return y_shape, None
     few = plan.library == "conv_few_forward"
@@ -521,8 +699,10 @@ def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool
     operations.
     """
     return all(
-        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, precision)[1]
-        for precision in _MODES
+        _conv(x_shape, w_shape, None, True, pool, stride, padding, index, mode, False)[
+            1
+        ]
+        for mode in _MODES
     )
 
 
@@ -533,7 +713,51 @@ def _unsupported(what, *given):
     )
 
 
-def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0)):
+def _pack(kernels, weight):
+    """The filter as the kernels want it, in a new tensor."""
+    packed = empty_on_gpu((4 * kernels.plan.packed_units,), _FLOAT32, weight.device)
+    kernels.pack(
+        _get(weight.device.index).compute,
+        ceil_div(kernels.plan.pack_threads, 256),
+        256,
+        weight,
+        packed,
+        dependent=True,
+    )
+    return packed
+
+
+def pack_filter(weight, x_shape, pool, stride=(1, 1), padding=(0, 0)):
+    """The packed filter for :func:`conv_block_forward` of an x of this shape.
+
+    Packing ahead, for instance where the filter is updated, takes a launch out of the
+    forward pass. Valid for this batch, precision and filter.
+
+    Returns
+    -------
+    Tensor or None
+        None where the kernel takes the filter as it is.
+    """
+    _, kernels = _conv(
+        x_shape,
+        weight.shape,
+        None,
+        True,
+        pool,
+        stride,
+        padding,
+        weight.device.index,
+        get_precision(),
+        True,
+    )
+    if kernels is None:
+        raise _unsupported("a convolution of", x_shape, weight.shape)
+    return None if kernels.pack is None else _pack(kernels, weight)
+
+
+def conv_block_forward(
+    x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0), packed=None
+):
     """Convolution, ReLU if ``relu`` and max pooling if ``pool``, in one kernel.
 
     Parameters
@@ -546,6 +770,9 @@ def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0
         Height and width of the windows, which are also their distance. Rows and columns
         left over are dropped.
     stride, padding : tuple of int
+    packed : Tensor or None
+        What :func:`pack_filter` returned, complete before the kernel ahead of this one
+        started: some other kernel was queued in between.
 
     Returns
     -------
@@ -563,26 +790,188 @@ def conv_block_forward(x, weight, bias, relu, pool, stride=(1, 1), padding=(0, 0
     """
     device = x.device
     y_shape, kernels = _conv(
-        x.shape, weight.shape, None if bias is None else bias.shape, relu, pool, stride,
-        padding, device.index, get_precision(),
+        x.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        relu,
+        pool,
+        stride,
+        padding,
+        device.index,
+        get_precision(),
+        packed is not None,
     )
     if kernels is None:
         raise _unsupported("a convolution of", x.shape, weight.shape)
-    plan, run, pack = kernels
     y = empty_on_gpu(y_shape, _FLOAT32, device)
     code = None if pool is None else empty_on_gpu(y_shape, _UINT8, device)
     n = y_shape[0]
-    if not n:
-        return y, code
-    stream = _get(device.index).compute
-    launch = dict(shared=plan.shared, dependent=True)
-    if pack is None:
-        run(stream, plan.grid(n), plan.block, x, weight, bias, y, code, **launch)
-        return y, code
-    packed = empty_on_gpu((4 * plan.packed_units,), _FLOAT32, device)
-    pack(stream, ceil_div(plan.pack_threads, 256), 256, weight, packed, dependent=True)
-    run(stream, plan.grid(n), plan.block, x, packed, bias, y, code, n, **launch)
+    if n:
+        plan = kernels.plan
+        arguments = x, weight, bias, y, code
+        if kernels.pack is not None:
+            packed = _pack(kernels, weight) if packed is None else packed
+            arguments = x, packed, bias, y, code, n
+        kernels.run(
+            _get(device.index).compute,
+            plan.grid(n),
+            plan.block,
+            *arguments,
+            shared=plan.shared,
+            dependent=True,
+        )
     return y, code
+
+
+class Gather(NamedTuple):
+    """A batch that is made where it is read: images[index] * scale + shift."""
+
+    images: object  # uint8 Tensor (M, C, H, W)
+    index: object  # int32 Tensor (N,), its numbers below M
+    scale: float
+    shift: float
+    x: object  # float32 Tensor (N, C, H, W) that the batch is written to, or None
+
+    @property
+    def shape(self) -> tuple:
+        return (*self.index.shape, *self.images.shape[1:])
+
+    @property
+    def arguments(self) -> tuple:
+        return self.images, self.index, self.scale, self.shift, self.x
+
+
+@lru_cache(512)
+def _pair(x_shape, first, second, index, precision, gather, settled):
+    """(shapes of both outputs, kernels or None); first and second: (shape of weight, of
+    bias, relu, pool, stride, padding)."""
+    one, y1_shape = _conv_shape(x_shape, *first)
+    two, y2_shape = _conv_shape(y1_shape, *second)
+    plan = pair_plan(
+        one,
+        two,
+        _batch(x_shape[0]),
+        _machine(index),
+        _MODES[precision],
+        gather,
+        settled,
+    )
+    if plan is None:
+        return y1_shape, y2_shape, None
+    signature = ("PPffP" if gather else "P") + "PPPP" + "PPPPi"
+    return y1_shape, y2_shape, _kernels(plan, plan.library, signature)
+
+
+class ConvBlock(NamedTuple):
+    """The arguments of one of the convolutions of :func:`conv_pair_forward`."""
+
+    weight: object
+    bias: object
+    relu: bool
+    pool: tuple | None
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+
+    @property
+    def geometry(self) -> tuple:
+        bias = None if self.bias is None else self.bias.shape
+        return self.weight.shape, bias, *self[2:]
+
+
+def conv_pair_supported(x_shape, first, second, index, gather=False) -> bool:
+    """Whether :func:`conv_pair_forward` has a kernel, in the precision that is set."""
+    return bool(
+        _pair(
+            x_shape,
+            first.geometry,
+            second.geometry,
+            index,
+            get_precision(),
+            gather,
+            False,
+        )[2]
+    )
+
+
+def pack_pair_filter(x_shape, first, second, gather=False):
+    """The packed filter of ``second``, as :func:`pack_filter`."""
+    *_, kernels = _pair(
+        x_shape,
+        first.geometry,
+        second.geometry,
+        second.weight.device.index,
+        get_precision(),
+        gather,
+        True,
+    )
+    if kernels is None:
+        raise _unsupported("convolutions of", x_shape, first.geometry, second.geometry)
+    return _pack(kernels, second.weight)
+
+
+def conv_pair_forward(x, first, second, packed=None):
+    """A first convolution block of few channels and the one behind it, in one kernel.
+
+    The result is that of two calls of :func:`conv_block_forward`.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W) or Gather
+    first, second : ConvBlock
+    packed : Tensor or None
+        What :func:`pack_pair_filter` returned; see :func:`conv_block_forward`.
+
+    Returns
+    -------
+    y1, code1, y2, code2 : Tensor or None
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_pair_supported` says no.
+    """
+    device = first.weight.device
+    gather = isinstance(x, Gather)
+    y1_shape, y2_shape, kernels = _pair(
+        x.shape,
+        first.geometry,
+        second.geometry,
+        device.index,
+        get_precision(),
+        gather,
+        packed is not None,
+    )
+    if kernels is None:
+        raise _unsupported("convolutions of", x.shape, first.geometry, second.geometry)
+    y1, y2 = (empty_on_gpu(shape, _FLOAT32, device) for shape in (y1_shape, y2_shape))
+    code1, code2 = (
+        None if block.pool is None else empty_on_gpu(shape, _UINT8, device)
+        for block, shape in ((first, y1_shape), (second, y2_shape))
+    )
+    n = x.shape[0]
+    if n:
+        plan = kernels.plan
+        packed = _pack(kernels, second.weight) if packed is None else packed
+        kernels.run(
+            _get(device.index).compute,
+            plan.grid(n),
+            plan.block,
+            *(x.arguments if gather else (x,)),
+            first.weight,
+            first.bias,
+            y1,
+            code1,
+            packed,
+            second.bias,
+            y2,
+            code2,
+            n,
+            shared=plan.shared,
+            dependent=True,
+        )
+    return y1, code1, y2, code2
 
 
 def linear_block_forward(x, weight, bias, relu):
@@ -611,7 +1000,12 @@ def linear_block_forward(x, weight, bias, relu):
         x.shape, weight.shape, None if bias is None else bias.shape
     )
     plan = linear_plan(
-        _batch(n), x.shape[1], outputs, relu, bias is not None, _machine(device.index),
+        _batch(n),
+        x.shape[1],
+        outputs,
+        bool(relu),
+        bias is not None,
+        _machine(device.index),
         _MODES[get_precision()],
     )
     if plan is None:
@@ -620,14 +1014,21 @@ def linear_block_forward(x, weight, bias, relu):
     if n:
         run = _kernels(plan, "linear_block_forward", "PPPPi").run
         run(
-            _get(device.index).compute, plan.grid(n), plan.block, x, weight, bias, y, n,
+            _get(device.index).compute,
+            plan.grid(n),
+            plan.block,
+            x,
+            weight,
+            bias,
+            y,
+            n,
             dependent=True,
         )
     return y
 
 
 def head_supported(inputs, classes, index) -> bool:
-    """Whether :func:`head_forward` can do it on GPU ``index``: it is for few weights."""
+    """Whether :func:`head_forward` can do it on GPU ``index``; for few weights."""
     return head_plan(inputs, classes, True, _machine(index), 0) is not None
 
 
@@ -663,7 +1064,10 @@ def head_forward(x, weight, bias, labels):
     )
     shapes.check_labels("x weight^T", y_shape, labels.shape)
     plan = head_plan(
-        x.shape[1], classes, bias is not None, _machine(device.index),
+        x.shape[1],
+        classes,
+        bias is not None,
+        _machine(device.index),
         _MODES[get_precision()],
     )
     if plan is None:
@@ -672,7 +1076,97 @@ def head_forward(x, weight, bias, labels):
     dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
     loss = empty_on_gpu((), _FLOAT32, device)
     _kernels(plan, "head_forward", "PPPPPPPi").run(
-        _get(device.index).compute, plan.channel_tiles, plan.block, x, weight, bias,
-        labels, log_probs, loss, dlogits, n, shared=plan.shared, dependent=True,
+        _get(device.index).compute,
+        plan.channel_tiles,
+        plan.block,
+        x,
+        weight,
+        bias,
+        labels,
+        log_probs,
+        loss,
+        dlogits,
+        n,
+        shared=plan.shared,
+        dependent=True,
     )
     return log_probs, loss, dlogits
+
+
+def tail_supported(inputs, hidden, classes, index) -> bool:
+    """Whether :func:`tail_forward` can do it on GPU ``index``: Hopper, a small tail."""
+    machine = _machine(index)
+    return tail_plan(inputs, hidden, classes, True, True, True, machine, 0) is not None
+
+
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+    """A linear layer, ReLU if ``relu``, and the head behind it, in one kernel.
+
+    Parameters
+    ----------
+    x : Tensor (N, I)
+    weight, bias : Tensor (H, I), Tensor (H,) or None
+    relu : bool
+    weight_out, bias_out : Tensor (O, H), Tensor (O,) or None
+    labels : int32 Tensor (N,)
+
+    Returns
+    -------
+    hidden : Tensor (N, H)
+    log_probs : Tensor (N, O)
+    losses : Tensor (N,)
+        -log_probs at the labels, whose mean is the loss; NaN for a label that is no
+        class.
+    dlogits : Tensor (N, O)
+        (softmax - onehot) / N, the gradient of the mean.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`tail_supported` says no.
+    """
+    device = x.device
+    hidden_shape = shapes.linear_output_shape(
+        x.shape, weight.shape, None if bias is None else bias.shape
+    )
+    y_shape = n, classes = shapes.linear_output_shape(
+        hidden_shape, weight_out.shape, None if bias_out is None else bias_out.shape
+    )
+    shapes.check_labels("the scores", y_shape, labels.shape)
+    plan = tail_plan(
+        x.shape[1],
+        hidden_shape[1],
+        classes,
+        bool(relu),
+        bias is not None,
+        bias_out is not None,
+        _machine(device.index),
+        _MODES[get_precision()],
+    )
+    if plan is None:
+        raise _unsupported("a tail of", x.shape, weight.shape, weight_out.shape)
+    hidden = empty_on_gpu(hidden_shape, _FLOAT32, device)
+    log_probs = empty_on_gpu(y_shape, _FLOAT32, device)
+    dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
+    losses = empty_on_gpu((n,), _FLOAT32, device)
+    if n:
+        _kernels(plan, "tail_forward", "PPPPPPPPPPi").run(
+            _get(device.index).compute,
+            plan.grid(n)[0],
+            plan.block,
+            x,
+            weight,
+            bias,
+            weight_out,
+            bias_out,
+            labels,
+            hidden,
+            log_probs,
+            losses,
+            dlogits,
+            n,
+            dependent=True,
+        )
+    return hidden, log_probs, losses, dlogits
