@@ -239,6 +239,7 @@ class TestUpdater:
         updater = fused.Updater(len(entries), cycnn.device("cuda"))
         updater.plan(entries)
         updater.upload()
+        self.kept = entries  # the updater has only their addresses
         return updater, parts, at
 
     def grad(self, parts, size):
