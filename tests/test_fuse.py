@@ -4,6 +4,8 @@ The kernels need a GPU. Here their contract is met by the unfused operations, so
 layers which call them can be tested.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from training import digest, figures, make_trainer, patterns
@@ -12,6 +14,7 @@ import cycnn
 from cycnn import nn, optim
 from cycnn.nn.fuse import FusedConv2d, FusedLinear, FusedSequential
 from cycnn.ops import cpu, fused
+from cycnn.optim import optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,69 @@ def conv_block_backward(
     )
 
 
+class Partials(NamedTuple):
+    weight: object
+    bias: object
+
+
+def in_parts(backward, weight, need_dx):
+    """A backward whose weight gradients come as two parts."""
+    shapes = weight.shape, weight.shape[:1]
+    dweight, dbias = (cycnn.zeros(shape, device="cpu") for shape in shapes)
+    dx = backward(dweight, dbias, need_dx)
+    parts = [np.stack([g.array / 4, g.array * 3 / 4]) for g in (dweight, dbias)]
+    return dx, Partials(*(cycnn.Tensor(part, "cpu") for part in parts))
+
+
+def conv_block_backward_partials(
+    dy, y, code, x, weight, relu, pool, stride, padding, need_dx
+):
+    def backward(dweight, dbias, need_dx):
+        return conv_block_backward(
+            dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
+        )
+
+    return in_parts(backward, weight, need_dx)
+
+
+def linear_block_backward_partials(dy, y, x, weight, relu, need_dx):
+    def backward(dweight, dbias, need_dx):
+        return linear_block_backward(dy, y, x, weight, dweight, dbias, relu, need_dx)
+
+    return in_parts(backward, weight, need_dx)
+
+
+def head_backward_partials(dlogits, x, weight, need_dx):
+    return linear_block_backward_partials(dlogits, None, x, weight, False, need_dx)
+
+
+class Updater:
+    """Adds the parts up, then updates as the CPU does."""
+
+    def __init__(self, parameters, device):
+        self.parameters = parameters
+
+    def plan(self, entries):
+        assert len(entries) == self.parameters
+        self.entries = entries
+
+    def upload(self):
+        pass
+
+    def _sum(self, grads):
+        for offset, parts in self.entries:
+            total = parts.array.sum(0, dtype=np.float32).reshape(-1)
+            grads.array[offset : offset + total.size] = total
+
+    def rmsprop(self, params, grads, *rest):
+        self._sum(grads)
+        cpu.rmsprop_step(params, grads, *rest)
+
+    def sgd(self, params, grads, *rest):
+        self._sum(grads)
+        cpu.sgd_step(params, grads, *rest)
+
+
 def linear_block_forward(x, weight, bias, relu):
     y = cpu.linear_forward(x, weight, bias)
     return cpu.relu_forward(y) if relu else y
@@ -97,10 +163,14 @@ def calls(monkeypatch):
         linear_block_backward,
         head_forward,
         head_backward,
+        conv_block_backward_partials,
+        linear_block_backward_partials,
+        head_backward_partials,
     ):
         monkeypatch.setattr(fused, function.__name__, stand_in(function))
     for name in ("conv_block_supported", "linear_block_supported", "head_supported"):
         monkeypatch.setattr(fused, name, lambda *_: True)
+    monkeypatch.setattr(optimizer, "updater", Updater)
     return ran
 
 
@@ -243,6 +313,28 @@ def test_training_fused_on_a_device_without_kernels():
         histories.append(figures(trainer.fit(train, 2, 32, seed=5, test=test)))
     assert histories[0] == histories[1]
     assert digest(trainers[0]) == digest(trainers[1])
+
+
+@pytest.mark.parametrize("method", ["RMSprop", "SGD"])
+def test_a_recorded_step_adds_the_parts_of_gradients_up(method, calls):
+    train = patterns(100, side=28, classes=10)
+    states = []
+    for capture in (False, True):
+        cycnn.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 5, stride=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.Flatten(), nn.Linear(64, 8, bias=False), nn.ReLU(),
+            nn.Linear(8, 10), nn.LogSoftmax(),
+        )  # fmt: skip
+        rule = getattr(optim, method)(model.parameters(), lr=0.01, momentum=0.5)
+        trainer = cycnn.Trainer(model, nn.NLLLoss(), rule, capture=capture, fuse=True)
+        trainer.fit(train, 2, 32, seed=1)
+        grads = [p.grad.numpy() for p in model.parameters()]
+        states.append([*model.state_dict().values(), *grads])
+    assert "conv_block_backward_partials" in calls and "head_backward_partials" in calls
+    for one, other in zip(*states):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_representation_names_the_parts():

@@ -108,7 +108,16 @@ class FusedSequential(Sequential):
 
 
 class _Run(Layer):
-    """Layers in a row that a fused kernel may stand for."""
+    """Layers in a row that a fused kernel may stand for.
+
+    Attributes
+    ----------
+    partials : dict or None
+        Where backward puts the gradients of parameters, in parts that are still to be
+        added up: ``{Parameter: Tensor (splits, *shape)}``. None: it writes them.
+    """
+
+    partials = None
 
     def __init__(self, parts):
         self.parts = parts
@@ -133,6 +142,10 @@ class _Run(Layer):
                 dy = part.backward(dy)
             return self.parts[0].backward(dy, input_grad, accumulate)
         weight, bias = self.parts[0].weight, self.parts[0].bias
+        if self.partials is not None:
+            dx, made = self._fused_partials(dy, input_grad)
+            _collect(self.partials, self.parts[0], made)
+            return dx
         targets = [weight.grad, None if bias is None else bias.grad]
         if not accumulate:
             return self._fused_backward(dy, *targets, input_grad)
@@ -202,6 +215,23 @@ class FusedConv2d(_Run):
         self._saved = None
         return dx
 
+    def _fused_partials(self, dy, input_grad):
+        x, y, code = self._remembered()
+        conv = self.parts[0]
+        self._saved = None
+        return fused.conv_block_backward_partials(
+            as_gradient(self, dy, y.shape, y.device),
+            y,
+            code,
+            x,
+            conv.weight.data,
+            self._relu,
+            self._pool,
+            conv.stride,
+            conv.padding,
+            input_grad,
+        )
+
 
 class FusedLinear(_Run):
     """y = relu(x W^T + b) in one kernel; ReLU may be missing."""
@@ -230,6 +260,30 @@ class FusedLinear(_Run):
         )
         self._saved = None
         return dx
+
+    def _fused_partials(self, dy, input_grad):
+        x, y = self._remembered()
+        self._saved = None
+        return fused.linear_block_backward_partials(
+            as_gradient(self, dy, y.shape, y.device),
+            y,
+            x,
+            self.parts[0].weight.data,
+            len(self.parts) > 1,
+            input_grad,
+        )
+
+
+def _collect(partials, layer, made) -> None:
+    """Note the partial gradients of a layer's parameters; none for an empty batch."""
+    if made is None:
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.grad.fill_(0)
+        return
+    partials[layer.weight] = made.weight
+    if layer.bias is not None:
+        partials[layer.bias] = made.bias
 
 
 class Objective:
@@ -276,8 +330,28 @@ class Objective:
         self._saved = features, dlogits
         return log_probs, value
 
-    def backward(self):
-        """Fill the gradients of all parameters."""
+    def backward(self, partials=None):
+        """Fill the gradients of all parameters.
+
+        Parameters
+        ----------
+        partials : dict, optional
+            Filled with ``{Parameter: Tensor (splits, *shape)}`` instead, for those
+            parameters whose gradient comes in parts that are still to be added up.
+        """
+        runs = [layer for layer in self._layers() if isinstance(layer, _Run)]
+        for run in runs:
+            run.partials = partials
+        try:
+            self._backward(partials)
+        finally:
+            for run in runs:
+                run.partials = None
+
+    def _layers(self):
+        return self.model if isinstance(self.model, FusedSequential) else ()
+
+    def _backward(self, partials):
         if self._saved is None:
             dy = self.loss.backward()
             if self._linear is not None:
@@ -286,14 +360,20 @@ class Objective:
         else:
             (features, dlogits), self._saved = self._saved, None
             weight, bias = self._linear.weight, self._linear.bias
-            dy = fused.head_backward(
-                dlogits,
-                features,
-                weight.data,
-                weight.grad,
-                None if bias is None else bias.grad,
-                True,
-            )
+            if partials is not None:
+                dy, made = fused.head_backward_partials(
+                    dlogits, features, weight.data, True
+                )
+                _collect(partials, self._linear, made)
+            else:
+                dy = fused.head_backward(
+                    dlogits,
+                    features,
+                    weight.data,
+                    weight.grad,
+                    None if bias is None else bias.grad,
+                    True,
+                )
         self._body.backward(dy, input_grad=False)
 
 

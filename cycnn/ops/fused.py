@@ -76,6 +76,14 @@ def conv_block_backward(
     )
 
 
+def conv_block_backward_partials(
+    dy, y, code, x, weight, relu, pool, stride, padding, need_dx
+):
+    return _modules()[1].conv_block_backward_partials(
+        dy, y, code, x, weight, relu, pool, stride, padding, need_dx
+    )
+
+
 def linear_block_forward(x, weight, bias, relu):
     return _modules()[0].linear_block_forward(x, weight, bias, relu)
 
@@ -86,9 +94,27 @@ def linear_block_backward(dy, y, x, weight, dweight, dbias, relu, need_dx):
     )
 
 
+def linear_block_backward_partials(dy, y, x, weight, relu, need_dx):
+    return _modules()[1].linear_block_backward_partials(dy, y, x, weight, relu, need_dx)
+
+
 def head_forward(x, weight, bias, labels):
     return _modules()[0].head_forward(x, weight, bias, labels)
 
 
 def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
     return _modules()[1].head_backward(dlogits, x, weight, dweight, dbias, need_dx)
+
+
+def head_backward_partials(dlogits, x, weight, need_dx):
+    return _modules()[1].head_backward_partials(dlogits, x, weight, need_dx)
+
+
+def updater(parameters, device):
+    """Sums of partial gradients and the optimizer's step in one launch, or None.
+
+    See :class:`cycnn.ops.fused_cuda_backward.Updater`.
+    """
+    if not linear_block_supported(device):
+        return None
+    return _modules()[1].Updater(parameters, device)

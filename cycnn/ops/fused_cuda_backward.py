@@ -428,27 +428,42 @@ class Updater:
 
     Parameters
     ----------
-    entries : sequence of (int, Tensor)
-        For each parameter the offset of its first number in the slabs, a multiple of 4,
-        and its partial gradients (splits, *shape), which must stay where they are as
-        long as this object is used.
+    parameters : int
+        Number of parameters in the slab.
+    device : Device
     """
 
     _rmsprop = Kernel("update", "update_rmsprop", "PiPPPPPffff")
     _sgd = Kernel("update", "update_sgd", "PiPPPPffi")
 
-    def __init__(self, entries):
+    def __init__(self, parameters, device):
+        self._entries, self._device = parameters, device
+        self._table = empty_on_gpu((parameters, 10), _INT32, device)
+
+    def plan(self, entries) -> None:
+        """Say where the partial gradients are; :meth:`upload` tells the GPU.
+
+        The two are apart since a copy from the host cannot be part of a recording.
+
+        Parameters
+        ----------
+        entries : sequence of (int, Tensor)
+            For each parameter the offset of its first number in the slabs, a multiple
+            of 4, and its partial gradients (splits, *shape). They must be in place
+            whenever the step runs.
+        """
         rows, first = [], 0
-        self._partials = [partials for _, partials in entries]
         for offset, partials in entries:
             splits = partials.shape[0]
             count = partials.size // splits
             rows.append((offset, count, partials.ptr, splits, first))
             first += _sum_blocks(count, splits)
-        self._entries, self._blocks = len(rows), first
-        table = np.array(rows, np.int64).view(np.int32)
-        self._device = self._partials[0].device
-        self._table = Tensor(table, self._device)
+        self._blocks = first
+        self._rows = np.array(rows, np.int64).view(np.int32)
+
+    def upload(self) -> None:
+        """Make what :meth:`plan` was told known to the GPU."""
+        self._table.copy_(self._rows)
 
     def rmsprop(
         self, params, grads, squares, buffers, lr, alpha, eps, weight_decay, momentum

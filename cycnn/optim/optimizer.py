@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import ShapeError
 from ..nn.parameter import Parameter, padded
 from ..ops import for_device
+from ..ops.fused import updater
 from ..tensor import empty
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -70,6 +71,45 @@ def hyperparameter(name):
     return property(lambda self: self._settings[name])
 
 
+class PartialStep:
+    """A step that adds up gradients which come in parts: one launch a run.
+
+    Made by :meth:`Optimizer.partial_step`. The gradients are written, too.
+    """
+
+    def __init__(self, optimizer, updaters):
+        self._optimizer = optimizer
+        self._updaters = updaters
+
+    def run(self, partials, recording=False) -> None:
+        """One step.
+
+        Parameters
+        ----------
+        partials : dict
+            ``{Parameter: Tensor (splits, *shape)}``; the gradient of any other
+            parameter is whole, in its ``grad``.
+        recording : bool
+            Whether a graph records this; :meth:`upload` must follow the recording.
+        """
+        for run, updater in zip(self._optimizer.runs, self._updaters):
+            entries = []
+            for parameter in run.parameters:
+                parts = partials.get(parameter)
+                if parts is None:
+                    parts = parameter.grad.reshape(1, *parameter.shape)
+                entries.append((parameter.offset - run.start, parts))
+            updater.plan(entries)
+            if not recording:
+                updater.upload()
+            self._optimizer._update_from(updater, run)
+
+    def upload(self) -> None:
+        """Tell the GPU where the parts are that a recorded step reads."""
+        for updater in self._updaters:
+            updater.upload()
+
+
 class Optimizer:
     """Changes parameters against their gradients.
 
@@ -123,6 +163,10 @@ class Optimizer:
 
     def _update(self, ops, run) -> None:
         """Update the parameters of a run, in place."""
+        raise NotImplementedError
+
+    def _update_from(self, updater, run) -> None:
+        """The same, from gradients in parts, which ``updater`` knows."""
         raise NotImplementedError
 
     # where the parameters are
@@ -195,6 +239,14 @@ class Optimizer:
         ops = self._ops
         for run in runs:
             self._update(ops, run)
+
+    def partial_step(self):
+        """A :class:`PartialStep` of this optimizer, or None where there is none."""
+        updaters = [
+            updater(len(run.parameters), run.data.device) for run in self.runs
+        ]
+        known = type(self)._update_from is not Optimizer._update_from
+        return PartialStep(self, updaters) if known and all(updaters) else None
 
     def zero_grad(self) -> None:
         """Set all gradients to zero; needed only before ``accumulate=True``."""

@@ -97,3 +97,17 @@ class RMSprop(Optimizer):
             settings["weight_decay"],
             settings["momentum"],
         )
+
+    def _update_from(self, updater, run):
+        settings, state = self._settings, run.state
+        updater.rmsprop(
+            run.data,
+            run.grad,
+            state["square_avg"],
+            state.get("momentum_buffer"),
+            self._lr_on_device,
+            settings["alpha"],
+            settings["eps"],
+            settings["weight_decay"],
+            settings["momentum"],
+        )

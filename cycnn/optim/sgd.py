@@ -64,3 +64,15 @@ class SGD(Optimizer):
             settings["weight_decay"],
             settings["nesterov"],
         )
+
+    def _update_from(self, updater, run):
+        settings = self._settings
+        updater.sgd(
+            run.data,
+            run.grad,
+            run.state.get("momentum_buffer"),
+            self._lr_on_device,
+            settings["momentum"],
+            settings["weight_decay"],
+            settings["nesterov"],
+        )

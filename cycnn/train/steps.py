@@ -32,6 +32,7 @@ class Steps:
         fused = trainer.fuse
         if fused is None:
             fused = loader.device.is_cuda
+        self.fused = fused
         self.objective = Objective(trainer.model, trainer.loss, fused)
 
     def begin_epoch(self, tally, epoch, first, total) -> None:
@@ -138,8 +139,13 @@ class CapturedSteps(Steps):
         graph = self.graphs.get(count)
         if graph is None:
             graph = new_graph(self.loader.device)
-            graph.rehearse(lambda: self._whole_step(count))
-            graph.record(lambda: self._whole_step(count))
+            # with fused layers, the update adds up the parts of the gradients itself
+            update = self.trainer.optimizer.partial_step() if self.fused else None
+            graph.rehearse(lambda: self._whole_step(count, update))
+            graph.record(lambda: self._whole_step(count, update, recording=True))
+            if update is not None:
+                update.upload()
+            graph.keep = update
             self.graphs[count] = graph
         else:
             graph.launch()
@@ -154,7 +160,7 @@ class CapturedSteps(Steps):
             factor = trainer.schedule(self.step - 1, self.total)
             trainer.optimizer.lr = trainer.base_lr * factor
 
-    def _whole_step(self, count):
+    def _whole_step(self, count, update, recording=False):
         ops, dataset = self.ops, self.loader.dataset
         held = self.loader.resident()
         index = self.index[:count]
@@ -166,7 +172,15 @@ class CapturedSteps(Steps):
             self.trainer.optimizer.lr_tensor,
         )
         images = ops.gather_images(held.images, index, dataset.scale, dataset.shift)
-        self._train(images, ops.gather_labels(held.labels, index))
+        labels = ops.gather_labels(held.labels, index)
+        if update is None:
+            self._train(images, labels)
+            return
+        scores, value = self.objective.forward(images, labels)
+        partials = {}
+        self.objective.backward(partials)
+        update.run(partials, recording)
+        self.tally.add(value, scores, labels)
 
     def _signature(self):
         trainer = self.trainer
@@ -185,6 +199,8 @@ def new_graph(device):
 
 class _Rerun:
     """What a graph does, without one: shows on the CPU that a step replays."""
+
+    keep = None
 
     def rehearse(self, function):
         return function()

@@ -252,7 +252,11 @@ class TestUpdater:
             parts.append((at, normal(seed, splits, count)))
             entries.append((at, on_gpu(parts[-1][1])))
             at += -(-count // 64) * 64
-        return fused.Updater(entries), parts, at
+        updater = fused.Updater(len(entries), cycnn.device("cuda"))
+        updater.plan(entries)
+        updater.upload()
+        self.kept = entries  # the updater has only their addresses
+        return updater, parts, at
 
     def grad(self, parts, size):
         grad = np.zeros(size)
