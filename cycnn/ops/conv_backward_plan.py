@@ -18,9 +18,9 @@ THREADS = 32 * WARPS
 _DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 96
 # ... and what a block that has a multiprocessor for itself has more.
 _REGISTERS_ALONE = 100
-# Bytes of shared memory for a block: what every GPU from compute capability 8.0 on has,
-# and half of what a multiprocessor of 9.0 and 10.0 has.
-SHARED_LIMIT, LARGE_SHARED_LIMIT = 99 * 1024, 113 * 1024
+# Bytes of shared memory that a block can have on every GPU from compute capability 8.0 on;
+# on 9.0 and 10.0 two such blocks share a multiprocessor.
+SHARED_LIMIT = 99 * 1024
 # Multiprocessors that the choice of tiles is made for, and a typical batch.
 _PROCESSORS, _BATCH = 132, 128
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
@@ -193,7 +193,7 @@ def _row_choices(shape):
     )
 
 
-def _data_plans(shape, mode, limit, registers):
+def _data_plans(shape, mode, registers):
     """All ways to cut the work on dx: (clocks, macros, bytes, blocks, images)."""
     taps_h, taps_w = shape.taps
     height, step = shape.height, shape.stride[0]
@@ -232,14 +232,14 @@ def _data_plans(shape, mode, limit, registers):
                     shape, mode, columns, low, high, rows, images, channels, row_tiles
                 )
                 unit = 8 * wk
-                depth = limit // 4 // (dz + weights) // unit * unit
+                depth = SHARED_LIMIT // 4 // (dz + weights) // unit * unit
                 if depth == 0:
                     continue
                 stages = _ceil(k_words, depth)
                 depth = _up(_ceil(k_words, stages), unit)
                 sums = WARPS * accumulators * 32 if wk > 1 else 0
                 shared = 4 * max(depth * (dz + weights), sums)
-                if shared > limit:
+                if shared > SHARED_LIMIT:
                     continue
                 steps = _up(k_words, unit) // unit
                 mma = steps * pairs * reached * ni * mt
@@ -293,7 +293,7 @@ def _weight_tile_words(shape, mode, flat, columns, rows, images):
     )
 
 
-def _weight_plans(shape, mode, limit, registers):
+def _weight_plans(shape, mode, registers):
     """All ways to cut the work on dweight.
 
     (clocks, macros, bytes, blocks, images, stages of these images)
@@ -313,7 +313,7 @@ def _weight_plans(shape, mode, limit, registers):
     ):
         images = 4 * lane // columns * steps
         words = _weight_tile_words(shape, mode, flat, columns, rows, images)
-        if 4 * (16 * words[0] + words[1]) <= limit:
+        if 4 * (16 * words[0] + words[1]) <= SHARED_LIMIT:
             tiles.append((columns, rows, images, *words))
     for (vk, vc, vr, vp), mt, nt in itertools.product(
         _warps(4), (1, 2, 4), (1, 2, 3, 4)
@@ -346,7 +346,7 @@ def _weight_plans(shape, mode, limit, registers):
                 words += max(0, vr * rt - taps_h) * pitch
             parts = 1 if vp * k_tile * out_row <= words else 2 * mt
             shared = 4 * max(words, vp * k_tile // parts * out_row)
-            if shared > limit:
+            if shared > SHARED_LIMIT:
                 continue
             k_tiles = _ceil(shape.filters, k_tile)
             c_tiles = 1 if flat else _ceil(shape.channels, channels)
@@ -381,11 +381,11 @@ def _weight_plans(shape, mode, limit, registers):
                 yield total, macros, shared, k_tiles * c_tiles, images, row_steps
 
 
-def _best(plans, shape, mode, limit):
+def _best(plans, shape, mode):
     """(blocks a multiprocessor, the cheapest plan)."""
     for blocks, more in ((2, 0), (1, _REGISTERS_ALONE)):
         found = min(
-            plans(shape, mode, limit, more), key=lambda plan: plan[0], default=None
+            plans(shape, mode, more), key=lambda plan: plan[0], default=None
         )
         if found is not None:
             return blocks, found
@@ -393,7 +393,7 @@ def _best(plans, shape, mode, limit):
 
 
 @functools.lru_cache(maxsize=None)
-def plan(shape: Shape, mode: str, need_dx: bool, limit: int = SHARED_LIMIT) -> Plan:
+def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
     """The cheapest cut for a layer, by a count of its instructions.
 
     Parameters
@@ -401,8 +401,6 @@ def plan(shape: Shape, mode: str, need_dx: bool, limit: int = SHARED_LIMIT) -> P
     shape : Shape
     mode : {"fp32", "tf32", "bf16"}
     need_dx : bool
-    limit : int
-        Bytes of shared memory that a block may have.
 
     Raises
     ------
@@ -417,12 +415,12 @@ def plan(shape: Shape, mode: str, need_dx: bool, limit: int = SHARED_LIMIT) -> P
         "POOL_H": shape.pool[0], "POOL_W": shape.pool[1], "RELU": int(shape.relu),
         "NEED_DX": int(need_dx),
     }  # fmt: skip
-    blocks, found = _best(_weight_plans, shape, mode, limit)
+    blocks, found = _best(_weight_plans, shape, mode)
     _, chosen, shared, weight_tiles, weight_images, weight_rows = found
     macros.update(chosen)
     data_tiles = data_images = 0
     if need_dx:
-        data_blocks, found = _best(_data_plans, shape, mode, limit)
+        data_blocks, found = _best(_data_plans, shape, mode)
         _, chosen, data_shared, data_tiles, data_images = found
         macros.update(chosen)
         shared, blocks = max(shared, data_shared), min(blocks, data_blocks)

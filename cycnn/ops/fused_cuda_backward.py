@@ -39,15 +39,9 @@ class Partials(NamedTuple):
         return self.weight.shape[0]
 
 
-@lru_cache(None)
-def _shared_limit(index) -> int:
-    """Bytes that a block may have on this GPU, 0 if the kernels do not run on it."""
+def _capable(index) -> bool:
     arch = _get(index).arch  # "sm_90"
-    if int(arch[3:-1]) < 8:
-        return 0
-    if arch in ("sm_90", "sm_100"):
-        return conv_backward_plan.LARGE_SHARED_LIMIT
-    return conv_backward_plan.SHARED_LIMIT
+    return int(arch[3:-1]) >= 8
 
 
 def _unsupported(what, *given):
@@ -126,7 +120,7 @@ class _Conv(NamedTuple):
 
 
 @lru_cache(512)
-def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision, limit):
+def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision):
     n, k, p, q = shapes.conv2d_output_shape(x_shape, w_shape, stride, padding)
     y_shape = (n, k, p, q)
     if pool is not None:
@@ -134,7 +128,7 @@ def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision, lim
     shape = conv_backward_plan.Shape(
         *x_shape[1:], k, w_shape[2:], stride, padding, pool or (0, 0), relu
     )
-    plan = conv_backward_plan.plan(shape, precision, need_dx, limit)
+    plan = conv_backward_plan.plan(shape, precision, need_dx)
     return _Conv(y_shape, plan, _conv_kernel(plan))
 
 
@@ -153,12 +147,11 @@ def conv_block_backward_supported(
     It asks for compute capability 8.0 or later and for tiles that fit shared memory.
     Dilation, groups and overlapping windows are for the unfused operations.
     """
-    limit = _shared_limit(index)
-    if not limit:
+    if not _capable(index):
         return False
     try:
         for precision in _MODES:
-            _conv(x_shape, w_shape, True, pool, stride, padding, True, precision, limit)
+            _conv(x_shape, w_shape, True, pool, stride, padding, True, precision)
     except conv_backward_plan.NoPlan:
         return False
     return True
@@ -188,14 +181,12 @@ def _run_conv(
     dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
 ):
     device = x.device
-    limit = _shared_limit(device.index)
-    if not limit:
+    if not _capable(device.index):
         raise _unsupported("a convolution of", x.shape, weight.shape)
     try:
         made = _conv(
-            x.shape, weight.shape, relu, pool, stride, padding, need_dx,
-            get_precision(), limit,
-        )  # fmt: skip
+            x.shape, weight.shape, relu, pool, stride, padding, need_dx, get_precision()
+        )
     except conv_backward_plan.NoPlan:
         raise _unsupported("a convolution of", x.shape, weight.shape) from None
     _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made)
@@ -321,7 +312,7 @@ def _linear(n, inputs, outputs, relu, precision, processors):
 
 def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
     device = x.device
-    if not _shared_limit(device.index):
+    if not _capable(device.index):
         raise _unsupported("a linear layer of", x.shape, weight.shape)
     y_shape = n, outputs = shapes.linear_output_shape(x.shape, weight.shape)
     shapes.check_same(y=y_shape, dy=dy.shape)
