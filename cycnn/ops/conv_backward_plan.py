@@ -18,8 +18,8 @@ THREADS = 32 * WARPS
 _DATA_REGISTERS, _WEIGHT_REGISTERS = 100, 96
 # ... and what a block that has a multiprocessor for itself has more.
 _REGISTERS_ALONE = 100
-# Bytes of shared memory that a block can have on every GPU from compute capability 8.0 on;
-# on 9.0 and 10.0 two such blocks share a multiprocessor.
+# Bytes of shared memory that a block can have on every GPU from 8.0 on; on 9.0 and 10.0
+# two such blocks share a multiprocessor.
 SHARED_LIMIT = 99 * 1024
 # Multiprocessors that the choice of tiles is made for, and a typical batch.
 _PROCESSORS, _BATCH = 132, 128
