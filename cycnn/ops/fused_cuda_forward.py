@@ -275,15 +275,14 @@ def _price(shape, n, machine, tile, mode):
     )
 
 
-def conv_tiles(shape, n, machine, mode):
-    """All tiles worth considering for a batch of about ``n``."""
+def conv_tiles(shape, n, machine, mode, least=0):
+    """All tiles for a batch of about ``n``, with at least so many sums a block."""
     p, q = shape.pooled
     used_p, used_q = p * shape.pool[0], q * shape.pool[1]
     quads = _round_up(ceil_div(shape.C, 8 if mode == 2 else 4), 2)
-    # small tiles read more; they are for layers too small to fill the GPU
-    least = min(8192, n * p * q * shape.K // (4 * machine.sm_count))
     for images in (1, 2, 4, 8, 16, 32):
-        if images > 1 and images >= 2 * n:
+        # narrow planes need them to fill groups of pixels, whatever the batch
+        if images > 16 and images >= 2 * n:
             break
         for tile_q in _extents(used_q, shape.pool[1]):
             if tile_q * images % 8 or tile_q * images > 128:
@@ -517,9 +516,15 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
 
 @lru_cache(None)
 def _best_tile(shape, n, machine, mode):
-    tiles = conv_tiles(shape, n, machine, mode)
+    p, q = shape.pooled
+    # small tiles read more: they are for layers too small to fill the GPU, or for what
+    # fits no other way
+    least = min(8192, n * p * q * shape.K // (4 * machine.sm_count))
+    tiles = list(conv_tiles(shape, n, machine, mode, least))
     return min(
-        tiles, key=lambda tile: _price(shape, n, machine, tile, mode), default=None
+        tiles or conv_tiles(shape, n, machine, mode),
+        key=lambda tile: _price(shape, n, machine, tile, mode),
+        default=None,
     )
 
 
