@@ -60,6 +60,9 @@ COMMON = [
     "--error-exitcode", str(ERROR_EXIT),
     "--report-api-errors", "no",
     "--print-limit", "50",
+    # With backtraces of the host it looks at Python's frames at every launch, and never
+    # lets go of them (2025.3): no tensor in a local variable would ever be freed.
+    "--show-backtrace", "device",
 ]  # fmt: skip
 
 DEVICE_QUERY = """
