@@ -1,0 +1,120 @@
+"""Fused kernels compile for every GPU that has them. None of it needs one.
+
+A template has no kernel until a layer's shapes are filled in; the layers of the reference
+network stand for all.
+"""
+
+import re
+
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+from cycnn.gpu import compile as kernel_compile
+from cycnn.ops import conv_backward_plan
+from cycnn.ops import fused_cuda_backward as backward
+from cycnn.ops import fused_cuda_forward as forward
+
+PROCESSORS, BATCH = 132, 128
+MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
+FUSED_SINCE = (8, 0)
+ARCHITECTURES = [
+    arch
+    for arch in kernel_compile.ARCHITECTURES
+    if kernel_compile._capability(arch) >= FUSED_SINCE
+]
+# Every mode for one architecture, one mode for every architecture.
+TARGETS = [("sm_90", mode) for mode in MODES] + [
+    (arch, "tf32") for arch in ARCHITECTURES if arch != "sm_90"
+]
+
+
+def conv_forward(arch, mode, shape):
+    c, h, w, k, r, pool = shape
+    block = forward.ConvShape(
+        c, h, w, k, r, r, (1, 1), (0, 0), pool or (1, 1), True, True, pool is not None
+    )
+    machine = forward.Machine(arch, PROCESSORS)
+    plan = forward.conv_plan(block, BATCH, machine, MODES[mode])
+    return plan.library, plan.definitions, plan.specific
+
+
+def conv_backward(arch, mode, shape):
+    c, h, w, k, r, pool = shape
+    block = conv_backward_plan.Shape(
+        c, h, w, k, (r, r), (1, 1), (0, 0), pool or (0, 0), True
+    )
+    plan = conv_backward_plan.plan(block, mode, c > 1)
+    return "conv_block_backward", plan.options, False
+
+
+def linear_forward(arch, mode, shape):
+    machine = forward.Machine(arch, PROCESSORS)
+    plan = forward.linear_plan(BATCH, *shape, True, True, machine, MODES[mode])
+    return plan.library, plan.definitions, plan.specific
+
+
+def linear_backward(arch, mode, shape):
+    kernel = backward._linear(BATCH, *shape, True, mode, PROCESSORS).kernel
+    return kernel.library, kernel.options, kernel.specific
+
+
+def head(arch, mode, shape):
+    plan = forward.head_plan(
+        *shape, True, forward.Machine(arch, PROCESSORS), MODES[mode]
+    )
+    return plan.library, plan.definitions, plan.specific
+
+
+def update(arch, mode, shape):
+    return "update", (), False
+
+
+FIRST, SECOND = (1, 28, 28, 32, 5, (2, 2)), (32, 12, 12, 64, 5, (2, 2))
+KERNELS = {
+    "first convolution": (conv_forward, FIRST),
+    "second convolution": (conv_forward, SECOND),
+    "first convolution, backward": (conv_backward, FIRST),
+    "second convolution, backward": (conv_backward, SECOND),
+    "linear": (linear_forward, (512, 128)),
+    "linear, backward": (linear_backward, (512, 128)),
+    "head": (head, (128, 10)),
+    "update": (update, ()),
+}
+
+
+def compiled(library, options, arch):
+    sources = kernel_compile._sources(kernel_compile.source_directory())
+    return kernel_compile.compile_source(
+        sources[library + ".cu"],
+        library + ".cu",
+        arch,
+        kernel_compile.OPTIONS + tuple(options),
+        kernel_compile._headers(sources),
+    )
+
+
+@pytest.mark.parametrize("arch, mode", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles(kernel, arch, mode):
+    plan, shape = KERNELS[kernel]
+    library, options, specific = plan(arch, mode, shape)
+    image = compiled(library, options, arch + "a" if specific else arch)
+    assert image.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_double_arithmetic_and_no_float_atomics(kernel, mode):
+    plan, shape = KERNELS[kernel]
+    library, options, _ = plan("sm_80", mode, shape)
+    ptx = compiled(library, options, "compute_80").decode()
+    assert ".f32" in ptx
+    assert ".f64" not in ptx
+    assert not re.findall(r"\b(?:atom|red)\.\S*\.(?:f|bf)\d+\S*", ptx)
+
+
+def test_every_template_is_compiled_here():
+    used = {plan("sm_90", "tf32", shape)[0] for plan, shape in KERNELS.values()}
+    folder = kernel_compile.source_directory() / "templates"
+    assert used == {path.stem for path in folder.glob("*.cu")}
