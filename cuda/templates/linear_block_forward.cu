@@ -20,8 +20,8 @@ constexpr int K_BLOCKS = ceil_div(I, 16);
 static_assert(!VECTORS || I % 4 == 0, "whole vectors");
 constexpr int AHEAD = ceil_div(K_BLOCKS, WARPS) < 4 ? ceil_div(K_BLOCKS, WARPS) : 4;
 
-// 4 numbers from row[i] on; zeros past I and for no row. VECTORS: rows start at multiples
-// of 16 bytes.
+// 4 numbers from row[i] on; zeros past I and for no row. VECTORS: rows start at
+// multiples of 16 bytes.
 __device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i,
                                           bool some) {
   if (VECTORS) {
