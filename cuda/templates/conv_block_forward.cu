@@ -32,9 +32,9 @@
 // operands have come, done[buffer] when the products of a chunk have read them.
 //
 // WGMMA = 1 (sm_90a): WARPS_M / 4 x WARPS_K warpgroups; tiles of 64 pixels x TK
-// channels, made of 64 units of one row or of 8 units of 8 rows. Otherwise mma.sync with
-// WARPS_M x WARPS_N x WARPS_K warps. WARPS_K splits the quads of a chunk; its sums are
-// added in warp order.
+// channels, made of 64 units of one row or of 8 units of 8 rows. Otherwise mma.sync
+// with WARPS_M x WARPS_N x WARPS_K warps. WARPS_K splits the quads of a chunk; its sums
+// are added in warp order.
 // In "fp32" the tensor cores' sums, which are truncated at every step, are moved to
 // ordinary float32 sums after W_ROWS filter rows of a chunk.
 //

@@ -17,12 +17,14 @@
 #include "fused.cuh"
 
 constexpr int K_BLOCKS = ceil_div(I, 16);
+static_assert(!VECTORS || I % 4 == 0, "whole vectors");
 constexpr int AHEAD = ceil_div(K_BLOCKS, WARPS) < 4 ? ceil_div(K_BLOCKS, WARPS) : 4;
 
-// 4 numbers from row[i] on; zeros past I and for no row
+// 4 numbers from row[i] on; zeros past I and for no row. VECTORS: rows start at
+// multiples of 16 bytes.
 __device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i,
                                           bool some) {
-  if (I % 4 == 0) {
+  if (VECTORS) {
     const float4 q =
         some && i < I ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
     v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;

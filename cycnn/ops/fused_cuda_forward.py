@@ -549,7 +549,7 @@ def conv_plan(shape, n, machine, mode, settled=False, gather=False):
 
 
 @lru_cache(None)
-def linear_plan(n, i, o, relu, bias, machine, mode):
+def linear_plan(n, i, o, relu, bias, machine, mode, aligned=True):
     """The plan of a linear layer for a batch up to ``n``; None where there is none."""
     if machine.capability < (8, 0):
         return None
@@ -562,6 +562,7 @@ def linear_plan(n, i, o, relu, bias, machine, mode):
     warps = min(most, ceil_div(i, 16))
     options = (
         ("KERNEL", 0),
+        ("VECTORS", aligned and i % 4 == 0),
         ("I", i),
         ("O", o),
         ("RELU", relu),
@@ -580,7 +581,7 @@ _HEAD_WORK = 1 << 17  # weights of a head; one cluster of blocks has to do it al
 
 
 @lru_cache(None)
-def head_plan(i, o, bias, machine, mode):
+def head_plan(i, o, bias, machine, mode, aligned=True):
     """The plan of a head of ``o`` classes; None where there is none."""
     if machine.capability < (8, 0) or o > 1024 or i * o > _HEAD_WORK:
         return None
@@ -590,6 +591,7 @@ def head_plan(i, o, bias, machine, mode):
     shared = 4 * 16 * (warps * (pitch + 8) + _round_up(o, pitch))
     options = (
         ("KERNEL", 1),
+        ("VECTORS", aligned and i % 4 == 0),
         ("I", i),
         ("O", o),
         ("HAS_BIAS", bias),
@@ -605,13 +607,14 @@ def head_plan(i, o, bias, machine, mode):
 
 
 @lru_cache(None)
-def tail_plan(i, hidden, o, relu, bias, bias_out, machine, mode):
+def tail_plan(i, hidden, o, relu, bias, bias_out, machine, mode, aligned=True):
     """The plan of a linear layer and the head behind it; None where there is none."""
     clusters = (9, 0) <= machine.capability < (12, 0)
     if not clusters or hidden > 256 or o > 32:
         return None
     options = (
         ("KERNEL", 2),
+        ("VECTORS", aligned and i % 4 == 0),
         ("I", i),
         ("HID", hidden),
         ("O", o),
@@ -961,6 +964,11 @@ def conv_pair_forward(x, first, second, packed=None):
     return y1, code1, y2, code2
 
 
+def _aligned(*tensors):
+    """Whether they start at multiples of 16 bytes, as all do but foreign ones."""
+    return not any(tensor.ptr % 16 for tensor in tensors)
+
+
 def linear_block_forward(x, weight, bias, relu):
     """A linear layer, and ReLU if ``relu``, in one kernel.
 
@@ -994,6 +1002,7 @@ def linear_block_forward(x, weight, bias, relu):
         bias is not None,
         _machine(device.index),
         _MODES[get_precision()],
+        _aligned(x, weight),
     )
     if plan is None:
         raise _unsupported("a linear layer of", x.shape, weight.shape)
@@ -1056,6 +1065,7 @@ def head_forward(x, weight, bias, labels):
         bias is not None,
         _machine(device.index),
         _MODES[get_precision()],
+        _aligned(x, weight),
     )
     if plan is None:
         raise _unsupported("a head of", x.shape, weight.shape)
@@ -1131,6 +1141,7 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
         bias_out is not None,
         _machine(device.index),
         _MODES[get_precision()],
+        _aligned(x, weight),
     )
     if plan is None:
         raise _unsupported("a tail of", x.shape, weight.shape, weight_out.shape)

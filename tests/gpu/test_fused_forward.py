@@ -374,3 +374,12 @@ def test_head_of_no_rows(ops, rng):
     )
     assert log_probs.shape == dlogits.shape == (0, 3)
     assert np.isnan(loss.numpy())
+
+
+def test_rows_that_start_anywhere(ops, precision, rng):
+    """A view of a foreign array need not start at a multiple of 16 bytes."""
+    flat = on_gpu(normal(rng, 1 + 20 * 16))
+    x = flat[1:].reshape(20, 16)
+    weight, bias = normal(rng, 9, 16), normal(rng, 9)
+    got = ops.linear_block_forward(x, on_gpu(weight), on_gpu(bias), True).numpy()
+    assert_close(got, *linear(precision, x.numpy(), weight, bias, True))
