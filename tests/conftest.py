@@ -1,6 +1,7 @@
 """Fixtures that every test may use, and what happens to GPU tests without a GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,11 @@ GPU_TESTS = ROOT / "tests" / "gpu"
 # Set where a GPU must be there (make gpu): a GPU test that is skipped has failed.
 REQUIRE_GPU = os.environ.get("CYCNN_REQUIRE_GPU") == "1"
 SANITIZE = os.environ.get("CYCNN_SANITIZE") == "1"
+
+
+# A shell starts its background jobs with Ctrl-C ignored, and what they start inherits it.
+# Tests of Ctrl-C mean a program that a person runs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():
