@@ -17,6 +17,10 @@ _ADVICE = {
     "cudaErrorLaunchFailure": (
         "a kernel crashed; this process can no longer use the GPU: restart it"
     ),
+    "cudaErrorStreamCaptureUnsupported": (
+        "while a step is recorded as a graph, no result can be read on the host: take "
+        "that out of the layer or callback, or train with Trainer(capture=False)"
+    ),
     "cudaErrorNoKernelImageForDevice": (
         "no kernels for this GPU are shipped: pip install 'cycnn[jit]' compiles them"
     ),
