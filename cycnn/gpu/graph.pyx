@@ -54,6 +54,11 @@ cdef class Graph:
         self.keep = keep
         self.nodes = 0
 
+    @property
+    def recorded(self):
+        """Whether there is something to launch."""
+        return self.handle != NULL
+
     def rehearse(self, function):
         """Run ``function()`` once, allocating from the graph's memory.
 

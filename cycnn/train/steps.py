@@ -95,8 +95,8 @@ class CapturedSteps(Steps):
     """The whole step is one CUDA graph, from reading the batch to the update.
 
     The first step of each batch size runs operation by operation, while it is also
-    seen which memory the step needs; then it is recorded. There is a second graph for
-    a smaller last batch. A graph is made anew when what it was recorded with changes:
+    seen which memory the step needs; the second is recorded, then replayed. There is
+    another graph for a smaller last batch. A graph is made anew when what it was recorded with changes:
     the precision, or where the parameters are.
 
     Notes
@@ -138,20 +138,23 @@ class CapturedSteps(Steps):
         count = min(self.loader.batch_size, self.left)
         graph = self.graphs.get(count)
         if graph is None:
-            graph = new_graph(self.loader.device)
+            graph = self.graphs[count] = new_graph(self.loader.device)
             # with fused layers, the update adds up the parts of the gradients itself
-            update = self.trainer.optimizer.partial_step() if self.fused else None
-            graph.rehearse(lambda: self._whole_step(count, update))
-            graph.record(lambda: self._whole_step(count, update, recording=True))
-            if update is not None:
-                update.upload()
-            graph.keep = update
-            self.graphs[count] = graph
+            graph.keep = self.trainer.optimizer.partial_step() if self.fused else None
+            graph.rehearse(lambda: self._whole_step(count, graph.keep))
         else:
+            if not graph.recorded:
+                self._record(graph, count)
             graph.launch()
         self.tally.count(count)
         self.left -= count
         self.step += 1
+
+    def _record(self, graph, count):
+        update = graph.keep
+        graph.record(lambda: self._whole_step(count, update, recording=True))
+        if update is not None:
+            update.upload()
 
     def end_epoch(self):
         trainer = self.trainer
@@ -201,9 +204,10 @@ class _Rerun:
     """What a graph does, without one: shows on the CPU that a step replays."""
 
     keep = None
+    recorded = False
 
     def rehearse(self, function):
         return function()
 
     def record(self, function):
-        self.launch = function
+        self.launch, self.recorded = function, True
