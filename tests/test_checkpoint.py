@@ -170,7 +170,7 @@ def test_an_optimizer_of_fewer_parameters(saved):
     "schedule", [None, optim.schedules.cosine(), optim.schedules.linear(end=0.1)]
 )
 def test_another_schedule(saved, schedule):
-    message = rf"with the schedule linear\(end=0.0\), this is "
+    message = r"with the schedule linear\(end=0.0\), this is "
     refused(saved, make_trainer(schedule), message, schedule)
 
 

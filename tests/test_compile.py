@@ -167,7 +167,9 @@ def test_two_processes_at_once_leave_one_good_entry(folder, tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.abspath(kernel_compile.__file__)))
     environment["PYTHONPATH"] = os.path.dirname(root)
     running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE
+        )
         for _ in range(4)
     ]
     images = {process.communicate()[0] for process in running}
