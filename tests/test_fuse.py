@@ -14,7 +14,6 @@ import cycnn
 from cycnn import nn, optim
 from cycnn.nn.fuse import FusedConv2d, FusedLinear, FusedSequential
 from cycnn.ops import cpu, fused
-from cycnn.optim import optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +169,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(fused, function.__name__, stand_in(function))
     for name in ("conv_block_supported", "linear_block_supported", "head_supported"):
         monkeypatch.setattr(fused, name, lambda *_: True)
-    monkeypatch.setattr(optimizer, "updater", Updater)
+    monkeypatch.setattr(fused, "updater", Updater)
     return ran
 
 

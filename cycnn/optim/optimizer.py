@@ -9,8 +9,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..nn.parameter import Parameter, padded
-from ..ops import for_device
-from ..ops.fused import updater
+from ..ops import for_device, fused
 from ..tensor import empty
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -243,7 +242,7 @@ class Optimizer:
     def partial_step(self):
         """A :class:`PartialStep` of this optimizer, or None where there is none."""
         updaters = [
-            updater(len(run.parameters), run.data.device) for run in self.runs
+            fused.updater(len(run.parameters), run.data.device) for run in self.runs
         ]
         known = type(self)._update_from is not Optimizer._update_from
         return PartialStep(self, updaters) if known and all(updaters) else None

@@ -96,8 +96,8 @@ class CapturedSteps(Steps):
 
     The first step of each batch size runs operation by operation, while it is also
     seen which memory the step needs; the second is recorded, then replayed. There is
-    another graph for a smaller last batch. A graph is made anew when what it was recorded with changes:
-    the precision, or where the parameters are.
+    another graph for a smaller last batch. A graph is made anew when what it was
+    recorded with changes: the precision, or where the parameters are.
 
     Notes
     -----
