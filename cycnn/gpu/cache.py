@@ -9,6 +9,7 @@ Writers make a temporary file and rename it, so readers see a whole entry or non
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -62,16 +63,30 @@ def read(key: str) -> bytes | None:
     return data[32:]
 
 
-def write(key: str, payload: bytes) -> None:
-    """Keep an entry. A folder that cannot be written is said once and ignored."""
+def usable() -> bool:
+    """Whether entries can be kept. If not, why is said once."""
     folder = kernels()
-    temporary = None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = _untrusted(folder.stat())
         if problem:
             _tell(f"kernel cache: {folder} is not used: {problem}")
-            return
+            return False
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        _tell(f"kernel cache: {folder} cannot be written: {error}")
+        return False
+    return True
+
+
+def write(key: str, payload: bytes) -> None:
+    """Keep an entry. A folder that cannot be written is said once and ignored."""
+    if not usable():
+        return
+    folder = kernels()
+    temporary = None
+    try:
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(payload).digest())

@@ -10,11 +10,16 @@ This module uses neither NumPy nor a GPU: the build imports it too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,6 +33,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 PTX_ARCHITECTURE = "compute_80"
 OPTIONS = ("--std=c++17",)
 _MANIFEST = "manifest.json"
+_log = logging.getLogger("cycnn")
 
 
 def source_directory() -> Path:
@@ -100,21 +106,31 @@ def load(name: str, arch: str, options: tuple = ()) -> bytes:
     CudaError
         If nothing shipped fits and NVRTC is not installed.
     """
-    sources, options = _sources(source_directory()), _options(options)
-    wanted = digest(name, sources, options)
-    image = _shipped(name, wanted, arch)
-    if image is not None:
-        return image
-    key = hashlib.sha256(
-        "\0".join((wanted, arch, nvrtc_version_text(), __version__)).encode()
-    ).hexdigest()
-    image = cache.read(key)
+    image, key = _find(name, arch, options)
     if image is None:
+        sources = _sources(source_directory())
         image = compile_source(
-            sources[name + ".cu"], name + ".cu", arch, options, _headers(sources)
+            sources[name + ".cu"],
+            name + ".cu",
+            arch,
+            _options(options),
+            _headers(sources),
         )
         cache.write(key, image)
     return image
+
+
+def _find(name, arch, options) -> tuple:
+    """(image, key in the cache): one that was shipped, or cached, or None."""
+    options = _options(options)
+    wanted = digest(name, _sources(source_directory()), options)
+    image = _shipped(name, wanted, arch)
+    if image is not None:
+        return image, None
+    key = hashlib.sha256(
+        "\0".join((wanted, arch, nvrtc_version_text(), __version__)).encode()
+    ).hexdigest()
+    return cache.read(key), key
 
 
 def _shipped(name, wanted, arch) -> bytes | None:
@@ -162,6 +178,131 @@ def _manifest(folder: Path) -> dict:
         return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["libraries"]
     except FileNotFoundError:
         return {}
+
+
+# Many at once
+
+
+def prepare(requests, jobs: int | None = None) -> int:
+    """Compile in parallel what :func:`load` would compile one after the other.
+
+    NVRTC compiles one program at a time in a process, so there are several, which put
+    what they make into the cache. They are fresh interpreters that import this module
+    and nothing of the program that runs.
+
+    Parameters
+    ----------
+    requests : iterable of (str, str, tuple of str)
+        Arguments of :func:`load`. What is shipped or cached is passed over.
+    jobs : int, optional
+        Processes at most; 1 compiles in this one, as a single kernel always is.
+        Default: one for each processor that this process may use, and 16 at most.
+
+    Returns
+    -------
+    int
+        How many were compiled. What does not compile, or not without NVRTC or a cache
+        that can be written, is left for :func:`load` to complain about.
+    """
+    try:
+        missing = _missing(requests)
+    except CudaError:  # without NVRTC, for one
+        return 0
+    if not missing or not cache.usable():
+        return 0
+    if jobs is None:
+        jobs = min(_processors(), _MOST_JOBS)
+    jobs = min(jobs, len(missing))
+    if jobs < 2 or not _is_interpreter(sys.executable):
+        for request in missing:
+            _try(request)
+    else:
+        _log.info("compiling %d kernels in %d processes", len(missing), jobs)
+        _compile_apart(missing, jobs)
+    return len(missing) - len(_missing(missing))
+
+
+def _missing(requests) -> list:
+    """Those that nothing is there for, once each; first what takes longest, roughly."""
+    sources = _sources(source_directory())
+    found = [
+        request for request in dict.fromkeys(requests) if _find(*request)[0] is None
+    ]
+    return sorted(found, key=lambda request: -len(sources[request[0] + ".cu"]))
+
+
+_MOST_JOBS = 16  # each takes some 200 MB
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_interpreter(executable) -> bool:
+    # of a frozen program, or one that embeds Python, it is that program: it would run
+    # again
+    name = Path(executable or "").name.lower()
+    return name.startswith("python") and not getattr(sys, "frozen", False)
+
+
+# -I keeps the current folder and the environment out; the path is this process's.
+_WORKER = """\
+import json, sys
+with open(sys.argv[1], encoding="utf-8") as file:
+    job = json.load(file)
+sys.path[:] = job["path"]
+from cycnn.gpu.compile import _work
+_work(job)
+"""
+
+
+def _compile_apart(requests, jobs) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix="cycnn-") as folder:
+            job = {
+                "path": [entry for entry in sys.path if isinstance(entry, str)],
+                "folder": folder,
+                "requests": requests,
+            }
+            file = Path(folder) / "job.json"
+            file.write_text(json.dumps(job), encoding="utf-8")
+            _run_apart([sys.executable, "-I", "-c", _WORKER, str(file)], jobs)
+    except OSError as error:
+        _log.info("kernels are compiled one by one: %s", error)
+
+
+def _run_apart(command, jobs) -> None:
+    nothing, running = subprocess.DEVNULL, []
+    try:
+        for _ in range(jobs):
+            running.append(
+                subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing)
+            )
+        for process in running:
+            process.wait()
+    finally:
+        # after Ctrl-C, say; who is done already does not mind
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _work(job) -> None:
+    """What a process does: each request that none of the others has taken."""
+    for number, (name, arch, options) in enumerate(job["requests"]):
+        try:
+            with open(Path(job["folder"]) / f"{number}.taken", "x"):
+                pass
+        except FileExistsError:
+            continue
+        _try((name, arch, tuple(options)))
+
+
+def _try(request) -> None:
+    with contextlib.suppress(CompileError, CudaError):
+        load(*request)
 
 
 # NVRTC

@@ -60,15 +60,15 @@ cdef class Library:
             check_driver(cydriver.cuLibraryUnload(handle), "cuLibraryUnload")
 
 
-cdef Library _library(str name, tuple options, bint specific, Device device):
-    key = (name, options, specific, device.index)
+cdef Library _library(Kernel kernel, Device device):
+    key = (kernel.library, kernel.options, kernel.specific, device.index)
     cdef Library library = _libraries.get(key)
     if library is None:
         with _lock:
             library = _libraries.get(key)
             if library is None:
-                arch = device.arch + "a" if specific else device.arch
-                library = Library(name, kernel_compile.load(name, arch, options))
+                image = kernel_compile.load(*kernel.request(device.arch))
+                library = Library(kernel.library, image)
                 _libraries[key] = library
     return library
 
@@ -130,6 +130,16 @@ cdef class Kernel:
                 f"the letters P i u q Q f"
             )
 
+    def request(self, str arch):
+        """What :func:`cycnn.gpu.compile.load` is asked for on an ``arch`` ("sm_90").
+
+        Returns
+        -------
+        (str, str, tuple of str)
+            Library, architecture and options.
+        """
+        return self.library, arch + "a" if self.specific else arch, self.options
+
     cdef cydriver.CUkernel load(self, int index) except NULL:
         cdef cydriver.CUkernel handle = NULL
         cdef bytes name = self.name.encode()
@@ -138,7 +148,7 @@ cdef class Kernel:
             self.generation = _generation
         if index >= MAX_DEVICES:
             raise ValueError(f"cycnn uses devices 0 to {MAX_DEVICES - 1}, got {index}")
-        library = _library(self.library, self.options, self.specific, get(index))
+        library = _library(self, get(index))
         check_driver(
             cydriver.cuLibraryGetKernel(
                 &handle, (<Library>library).handle, <const char*>name

@@ -9,14 +9,20 @@ and backward have the same contract as those of the layers that they replace.
 
 from __future__ import annotations
 
+import math
+
+from .. import shapes
+from ..errors import ShapeError
 from ..ops import for_device, fused
+from ..precision import get_precision
 from ..tensor import empty
-from .activation import LogSoftmax, ReLU
+from .activation import LogSoftmax, ReLU, Sigmoid
 from .conv import Conv2d
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
 from .pooling import MaxPool2d
+from .reshape import Flatten
 from .sequential import Sequential
 
 
@@ -157,6 +163,26 @@ class _Run(Layer):
                 for_device(target.device).add(target, more, target)
         return dx
 
+    def kernels(self, x_shape, input_grad, machine, precision) -> list:
+        """The kernels that stand for the layers, forward and backward.
+
+        Parameters
+        ----------
+        x_shape : tuple of int
+            One that fits.
+        input_grad : bool
+            Whether backward is to return the gradient by the input.
+        machine
+            What :func:`cycnn.ops.fused.machine` returns.
+        precision : {"fp32", "tf32", "bf16"}
+
+        Returns
+        -------
+        list of Kernel
+            Empty where the layers run as they are.
+        """
+        raise NotImplementedError
+
     def _forget(self):
         self._saved = None
         for part in self.parts:
@@ -185,6 +211,21 @@ class FusedConv2d(_Run):
         # what does not fit is refused by the layer itself, in its own words
         return x.ndim == 4 and x.shape[1] == shape[1] and fused.conv_block_supported(
             x.device, x.shape, shape, self._pool, conv.stride, conv.padding
+        )
+
+    def kernels(self, x_shape, input_grad, machine, precision):
+        conv = self.parts[0]
+        return fused.conv_block_kernels(
+            machine,
+            precision,
+            x_shape,
+            conv.weight.shape,
+            conv.bias is not None,
+            self._relu,
+            self._pool,
+            conv.stride,
+            conv.padding,
+            input_grad,
         )
 
     def _fused_forward(self, x, weight, bias):
@@ -239,6 +280,17 @@ class FusedLinear(_Run):
     def _is_fused(self, x):
         # what does not fit is refused by the layer itself, in its own words
         return x.ndim == 2 and fused.linear_block_supported(x.device)
+
+    def kernels(self, x_shape, input_grad, machine, precision):
+        linear = self.parts[0]
+        return fused.linear_block_kernels(
+            machine,
+            precision,
+            x_shape[0],
+            *linear.weight.shape[::-1],
+            linear.bias is not None,
+            len(self.parts) > 1,
+        )
 
     def _fused_forward(self, x, weight, bias):
         relu = len(self.parts) > 1
@@ -348,6 +400,55 @@ class Objective:
             for run in runs:
                 run.partials = None
 
+    def kernels(self, x_shape, machine=None, precision=None) -> list:
+        """The kernels that the fused layers run in a step, found without running any.
+
+        Parameters
+        ----------
+        x_shape : tuple of int
+            (N, ...) of a batch.
+        machine : optional
+            A GPU, from :func:`cycnn.ops.fused.machine`. Default: the model's.
+        precision : {"fp32", "tf32", "bf16"}, optional
+            Default: what is set.
+
+        Returns
+        -------
+        list of Kernel
+            Those up to the first layer whose output only the layer itself knows the
+            shape of, or that ``x_shape`` does not fit. None of the CPU's.
+        """
+        if machine is None:
+            machine = fused.machine_of(self.model.device)
+        if machine is None or not isinstance(self.model, FusedSequential):
+            return []
+        precision = precision or get_precision()
+        layers = self.model._layers
+        head = None if self._linear is None else layers[-2]
+        found = []
+        for i, layer in enumerate(layers):
+            try:
+                y_shape = _output_shape(layer, x_shape)
+            except ShapeError:  # the layer says so itself when it runs
+                break
+            made = []
+            if layer is head:
+                made = fused.head_kernels(
+                    machine,
+                    precision,
+                    *x_shape,
+                    y_shape[1],
+                    self._linear.bias is not None,
+                )
+            if isinstance(layer, _Run) and not made:
+                input_grad = i > self.model._first
+                made = layer.kernels(x_shape, input_grad, machine, precision)
+            found += made
+            x_shape = y_shape
+            if x_shape is None:
+                break
+        return list(dict.fromkeys(found))
+
     def _layers(self):
         return self.model if isinstance(self.model, FusedSequential) else ()
 
@@ -375,6 +476,33 @@ class Objective:
                     True,
                 )
         self._body.backward(dy, input_grad=False)
+
+
+def _output_shape(layer, shape):
+    """The shape of a layer's output; None where it is not one of the library's own."""
+    kind = type(layer)
+    if isinstance(layer, _Run):
+        for part in layer.parts:
+            shape = _output_shape(part, shape)
+        return shape
+    if kind is Conv2d:
+        return shapes.conv2d_output_shape(
+            shape,
+            layer.weight.shape,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
+    if kind is Linear:
+        return shapes.linear_output_shape(shape, layer.weight.shape)
+    if kind is MaxPool2d:
+        return shapes.pool2d_output_shape(
+            shape, layer.kernel_size, layer.stride, layer.padding
+        )
+    if kind is Flatten:
+        return shape[0], math.prod(shape[1:])
+    return shape if kind in (ReLU, Sigmoid, LogSoftmax) else None
 
 
 def _is_head(layers) -> bool:

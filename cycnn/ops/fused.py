@@ -118,3 +118,94 @@ def updater(parameters, device):
     if not linear_block_supported(device):
         return None
     return _modules()[1].Updater(parameters, device)
+
+
+# Which kernels these run, without running them: so that they can be compiled at once
+
+
+def machine(arch, sm_count):
+    """What kernels are planned for: :class:`~.fused_cuda_forward.Machine`, or None.
+
+    None without NVRTC: then there are no kernels.
+    """
+    return None if _modules() is None else _modules()[0].Machine(arch, sm_count)
+
+
+def machine_of(device):
+    """The same of a device; None for the CPU."""
+    if not device.is_cuda:
+        return None
+    from ..gpu import device as gpu_device
+
+    gpu = gpu_device.get(device.index)
+    return machine(gpu.arch, gpu.sm_count)
+
+
+def conv_block_kernels(
+    machine,
+    precision,
+    x_shape,
+    w_shape,
+    bias,
+    relu,
+    pool,
+    stride,
+    padding,
+    need_dx,
+) -> list:
+    """Kernels of a convolution block, forward and backward.
+
+    Parameters
+    ----------
+    machine : Machine
+    precision : {"fp32", "tf32", "bf16"}
+    x_shape, w_shape : tuple of int
+    bias : bool
+    relu, pool, stride, padding, need_dx
+        Of the layer.
+
+    Returns
+    -------
+    list of Kernel
+        Empty where a machine does not have both.
+    """
+    forward, backward = _modules()
+    given = relu, pool, stride, padding
+    there = forward.conv_block_kernels(
+        machine, precision, x_shape, w_shape, bias, *given
+    )
+    back = backward.conv_block_kernels(
+        machine, precision, x_shape, w_shape, *given, need_dx
+    )
+    return there + back if there and back else []
+
+
+def linear_block_kernels(machine, precision, n, inputs, outputs, bias, relu) -> list:
+    """Kernels of a linear layer for ``n`` images, forward and backward."""
+    forward, backward = _modules()
+    return [
+        *forward.linear_block_kernels(
+            machine, precision, n, inputs, outputs, bias, relu
+        ),
+        *backward.linear_block_kernels(machine, precision, n, inputs, outputs, relu),
+    ]
+
+
+def head_kernels(machine, precision, n, inputs, classes, bias) -> list:
+    """Kernels of a head, forward and backward; empty where it is not supported."""
+    forward, backward = _modules()
+    there = forward.head_kernels(machine, precision, inputs, classes, bias)
+    if not there:
+        return []
+    return there + backward.linear_block_kernels(
+        machine, precision, n, inputs, classes, False
+    )
+
+
+def prepare(kernels, device) -> int:
+    """Compile kernels for a GPU in parallel; :func:`cycnn.gpu.compile.prepare`."""
+    from ..gpu import compile as kernel_compile
+    from ..gpu import device as gpu_device
+
+    arch = gpu_device.get(device.index).arch
+    return kernel_compile.prepare([kernel.request(arch) for kernel in kernels])

@@ -157,6 +157,36 @@ def conv_block_backward_supported(
     return True
 
 
+def conv_block_kernels(
+    machine, precision, x_shape, w_shape, relu, pool, stride, padding, need_dx
+) -> list:
+    """The kernels of :func:`conv_block_backward`, none where it is not supported.
+
+    Parameters
+    ----------
+    machine : fused_cuda_forward.Machine
+    precision : {"fp32", "tf32", "bf16"}
+    x_shape, w_shape : tuple of int
+    relu, pool, stride, padding, need_dx
+        As there.
+
+    Returns
+    -------
+    list of Kernel
+        One from the library of the sums of partials and of :class:`Updater` among them.
+    """
+    if machine.capability < (8, 0):
+        return []
+    block = pool, stride, padding
+    try:
+        for mode in _MODES:
+            _conv(x_shape, w_shape, True, *block, True, mode)
+        made = _conv(x_shape, w_shape, relu, *block, need_dx, precision)
+    except conv_backward_plan.NoPlan:
+        return []
+    return [made.kernel, _reduce]
+
+
 def _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made):
     shapes.check_same(y=made.y_shape, dy=dy.shape)
     needed = ("code", code) if pool is not None else ("y", y) if relu else None
@@ -310,6 +340,21 @@ def _linear(n, inputs, outputs, relu, precision, processors):
     return _Linear(kernel, shared, dw_size, dx_size, words * pairs)
 
 
+def _linear_for(n, inputs, outputs, relu, precision, processors):
+    # tiles are chosen for a power of two, so that a smaller last batch needs no others
+    return _linear(
+        1 << (n - 1).bit_length(), inputs, outputs, relu, precision, processors
+    )
+
+
+def linear_block_kernels(machine, precision, n, inputs, outputs, relu) -> list:
+    """The kernels of :func:`linear_block_backward`; see :func:`conv_block_kernels`."""
+    if machine.capability < (8, 0):
+        return []
+    made = _linear_for(n, inputs, outputs, relu, precision, machine.sm_count)
+    return [made.kernel, _reduce]
+
+
 def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
     device = x.device
     if not _capable(device.index):
@@ -328,10 +373,7 @@ def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
         return dx, None
     gpu = _get(device.index)
     inputs = x.shape[1]
-    # tiles are chosen for a power of two, so that a smaller last batch needs no others
-    made = _linear(
-        1 << (n - 1).bit_length(), inputs, outputs, relu, get_precision(), gpu.sm_count
-    )
+    made = _linear_for(n, inputs, outputs, relu, get_precision(), gpu.sm_count)
     tiles = ceil_div(outputs, made.weight_tile[0]) * ceil_div(
         inputs, made.weight_tile[1]
     )

@@ -689,9 +689,13 @@ def _conv(x_shape, block, index, precision, settled=False, gather=False):
 
     ``block``: shape of the weight, of the bias or None, relu, pool, stride, padding.
     """
+    return _conv_on(_machine(index), x_shape, block, precision, settled, gather)
+
+
+def _conv_on(machine, x_shape, block, precision, settled=False, gather=False):
     shape, y_shape = _conv_shape(x_shape, *block)
     plan = conv_plan(
-        shape, _batch(x_shape[0]), _machine(index), _MODES[precision], settled, gather
+        shape, _batch(x_shape[0]), machine, _MODES[precision], settled, gather
     )
     if plan is None:
         return y_shape, None
@@ -711,6 +715,32 @@ def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool
     """
     block = w_shape, None, True, pool, stride, padding
     return all(_conv(x_shape, block, index, mode)[1] for mode in _MODES)
+
+
+def conv_block_kernels(
+    machine, precision, x_shape, w_shape, bias, relu, pool, stride, padding
+) -> list:
+    """The kernels of :func:`conv_block_forward`, none where it is not supported.
+
+    Parameters
+    ----------
+    machine : Machine
+    precision : {"fp32", "tf32", "bf16"}
+    x_shape, w_shape : tuple of int
+    bias : bool
+    relu, pool, stride, padding
+        As there.
+
+    Returns
+    -------
+    list of Kernel
+    """
+    block = w_shape, None, True, pool, stride, padding
+    if not all(_conv_on(machine, x_shape, block, mode)[1] for mode in _MODES):
+        return []
+    block = w_shape, w_shape[:1] if bias else None, relu, pool, stride, padding
+    made = _conv_on(machine, x_shape, block, precision)[1]
+    return [made.run] if made.pack is None else [made.pack, made.run]
 
 
 def _unsupported(what, *given):
@@ -1008,8 +1038,7 @@ def linear_block_forward(x, weight, bias, relu):
         raise _unsupported("a linear layer of", x.shape, weight.shape)
     y = empty_on_gpu(y_shape, _FLOAT32, device)
     if n:
-        run = _kernels(plan, "linear_block_forward", "PPPPi").run
-        run(
+        _linear_kernel(plan)(
             _get(device.index).compute,
             plan.grid(n),
             plan.block,
@@ -1023,9 +1052,31 @@ def linear_block_forward(x, weight, bias, relu):
     return y
 
 
+def _linear_kernel(plan):
+    return _kernels(plan, "linear_block_forward", "PPPPi").run
+
+
+def linear_block_kernels(machine, precision, n, inputs, outputs, bias, relu) -> list:
+    """The kernels of :func:`linear_block_forward`; see :func:`conv_block_kernels`."""
+    plan = linear_plan(
+        _batch(n), inputs, outputs, relu, bias, machine, _MODES[precision]
+    )
+    return [] if plan is None else [_linear_kernel(plan)]
+
+
 def head_supported(inputs, classes, index) -> bool:
     """Whether :func:`head_forward` can do it on GPU ``index``; for few weights."""
     return head_plan(inputs, classes, True, _machine(index), 0) is not None
+
+
+def _head_kernel(plan):
+    return _kernels(plan, "head_forward", "PPPPPPPi").run
+
+
+def head_kernels(machine, precision, inputs, classes, bias) -> list:
+    """The kernels of :func:`head_forward`; see :func:`conv_block_kernels`."""
+    plan = head_plan(inputs, classes, bias, machine, _MODES[precision])
+    return [] if plan is None else [_head_kernel(plan)]
 
 
 def head_forward(x, weight, bias, labels):
@@ -1072,7 +1123,7 @@ def head_forward(x, weight, bias, labels):
     log_probs = empty_on_gpu(y_shape, _FLOAT32, device)
     dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
     loss = empty_on_gpu((), _FLOAT32, device)
-    _kernels(plan, "head_forward", "PPPPPPPi").run(
+    _head_kernel(plan)(
         _get(device.index).compute,
         plan.channel_tiles,
         plan.block,

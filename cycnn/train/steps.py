@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..nn import Objective
-from ..ops import for_device
+from ..ops import for_device, fused
 from ..precision import get_precision
 from ..tensor import Tensor, empty
 
@@ -29,11 +29,11 @@ class Steps:
     def __init__(self, trainer, loader):
         self.trainer = trainer
         self.loader = loader
-        fused = trainer.fuse
-        if fused is None:
-            fused = loader.device.is_cuda
-        self.fused = fused
-        self.objective = Objective(trainer.model, trainer.loss, fused)
+        self.fused = trainer.fuse
+        if self.fused is None:
+            self.fused = loader.device.is_cuda
+        self.objective = Objective(trainer.model, trainer.loss, self.fused)
+        self.prepared_for = None
 
     def begin_epoch(self, tally, epoch, first, total) -> None:
         """Get ready for the steps from ``first`` on.
@@ -57,6 +57,22 @@ class Steps:
     def end_epoch(self) -> None:
         """Let go of what the epoch needed; called however the epoch ends."""
 
+    def _prepare(self) -> None:
+        """Compile the kernels of fused layers, all at once, before the first needs one.
+
+        A kernel that is missed here is compiled when it first runs.
+        """
+        loader, precision = self.loader, get_precision()
+        if not self.fused or precision == self.prepared_for:
+            return
+        self.prepared_for = precision
+        images, size = loader.dataset.images.shape, loader.batch_size
+        kernels = []
+        for count in {min(size, images[0]), images[0] % size} - {0}:
+            kernels += self.objective.kernels((count, *images[1:]))
+        if kernels:
+            fused.prepare(kernels, loader.device)
+
     def _train(self, images, labels) -> None:
         scores, value = self.objective.forward(images, labels)
         self.objective.backward()
@@ -68,6 +84,7 @@ class EagerSteps(Steps):
     """Each operation is launched as Python comes to it."""
 
     def begin_epoch(self, tally, epoch, first, total):
+        self._prepare()
         self.tally = tally
         self.step, self.total = epoch * len(self.loader) + first, total
         self.loader.set_epoch(epoch)
@@ -119,6 +136,7 @@ class CapturedSteps(Steps):
         self.recorded_with = None
 
     def begin_epoch(self, tally, epoch, first, total):
+        self._prepare()
         trainer, loader = self.trainer, self.loader
         self.tally = tally
         self.step, self.total = epoch * len(loader) + first, total
