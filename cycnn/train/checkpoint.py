@@ -42,9 +42,17 @@ def save(path, model, optimizer, schedule, run: dict) -> None:
             "schedule": schedule_name(schedule),
             "optimizer": numbers,
             "run": run,
-        }
+        },
+        default=_plain,
     )
     weights.write(path, tensors, {"cycnn": text, "sha256": _digest(tensors, text)})
+
+
+def _plain(value):
+    """A NumPy scalar, say a seed or a batch size, as the number that it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a checkpoint cannot hold {value!r}")
 
 
 def load(path, model, optimizer, schedule) -> dict:
