@@ -4,9 +4,14 @@
     python demo/train_mnist.py                          three epochs, on the GPU if any
     python demo/train_mnist.py --recipe original --epochs 10 --runs 5
     python demo/train_mnist.py --device cpu --plot mnist.png --save mnist.safetensors
+    python demo/train_mnist.py --checkpoint run.safetensors --resume
 
-Exit status: 0; 1 when --target-acc was missed or there is no data; 130 after Ctrl-C,
-which keeps what was reached: the table, the weights (--save) and the plot (--plot).
+The last one may be killed at any moment: the same command goes on from the newest
+checkpoint and ends with the same weights as if nothing had happened.
+
+Exit status: 0; 1 when --target-acc was missed, there is no data, or the checkpoint is
+of another run; 130 after Ctrl-C, which keeps what was reached: the table, the weights
+(--save), the plot (--plot) and the run (--checkpoint).
 """
 
 import argparse
@@ -51,9 +56,26 @@ def arguments(argv=None):
     add("--save", metavar="FILE", help="write the last run's weights (safetensors)")
     add("--plot", metavar="FILE",
         help="write learning curves and the most confused digits (PNG)")
+    add("--checkpoint", metavar="PATH",
+        help="keep the whole run in this file, written anew after every epoch")
+    add("--checkpoint-every", type=int, metavar="N",
+        help="write it after every N steps, too")
+    add("--resume", action="store_true",
+        help="go on from the file of --checkpoint, if it is there")
     options = parser.parse_args(argv)
     if min(options.epochs, options.batch_size, options.runs) < 1:
         parser.error("--epochs, --batch-size and --runs must be at least 1")
+    if options.checkpoint_every is not None and options.checkpoint_every < 1:
+        parser.error("--checkpoint-every must be at least 1")
+    if options.checkpoint:
+        if options.runs > 1:
+            parser.error("--checkpoint holds one run: give each run a command of its "
+                         "own, with its --seed and its file")
+        folder = Path(options.checkpoint).absolute().parent
+        if not folder.is_dir():
+            parser.error(f"--checkpoint: there is no folder {folder}")
+    elif options.resume or options.checkpoint_every:
+        parser.error("--resume and --checkpoint-every need --checkpoint PATH")
     return options
 
 
@@ -76,7 +98,7 @@ def load(options):
 
 
 def build(options, seed, device):
-    """A trainer with a new network."""
+    """A trainer: with a new network, or of the run that --checkpoint holds."""
     cycnn.manual_seed(seed)
     faithful = options.faithful_init
     model = nn.reference_network(
@@ -90,7 +112,34 @@ def build(options, seed, device):
     )
     falling = options.recipe == "default"
     schedule = optim.schedules.linear(end=0.0) if falling else None
-    return cycnn.Trainer(model, nn.NLLLoss(), optimizer, schedule)
+    parts = model, nn.NLLLoss(), optimizer, schedule
+    if not (options.resume and Path(options.checkpoint).exists()):
+        return cycnn.Trainer(*parts)
+    try:
+        trainer = cycnn.Trainer.resume(options.checkpoint, *parts)
+    except cycnn.DataError as error:
+        sys.exit(str(error))
+    if trainer.seed not in (None, seed):
+        sys.exit(f"{options.checkpoint} is of a run with --seed {trainer.seed}, "
+                 f"not {seed}")
+    print(f"resuming {options.checkpoint} after {trainer.epoch} epochs and "
+          f"{trainer.step} steps")
+    return trainer
+
+
+class Checkpoints:
+    """A callback: saves the run after every epoch and every few steps."""
+
+    def __init__(self, path, every=None):
+        self.path, self.every = path, every
+
+    def on_step_end(self, trainer):
+        done = trainer.epoch * trainer.steps_per_epoch + trainer.step
+        if self.every and done % self.every == 0:
+            trainer.save(self.path)
+
+    def on_epoch_end(self, trainer, record):
+        trainer.save(self.path)
 
 
 def device_name(device):
@@ -148,6 +197,9 @@ def main(argv=None):
     print(f"{len(train):,} images to train on, {len(test):,} to test; "
           f"{device} ({device_name(device)})")
 
+    callbacks = []
+    if options.checkpoint:
+        callbacks = [Checkpoints(options.checkpoint, options.checkpoint_every)]
     histories, interrupted = [], False
     for run in range(options.runs):
         seed = options.seed + run
@@ -156,10 +208,16 @@ def main(argv=None):
         trainer = build(options, seed, device)
         try:
             trainer.fit(train, options.epochs, options.batch_size, seed=seed,
-                        test=test, progress=True)
+                        test=test, callbacks=callbacks, progress=True)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             interrupted = True
+            if options.checkpoint:
+                trainer.save(options.checkpoint)
+        except ValueError as error:
+            if not options.resume:
+                raise
+            sys.exit(f"{options.checkpoint}: {error}")  # another --batch-size
         if len(trainer.history):
             histories.append(trainer.history)
         if interrupted:

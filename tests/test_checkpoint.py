@@ -119,6 +119,13 @@ def test_a_new_run_can_be_saved(tmp_path):
     assert digest(resumed) == digest(trainer)
 
 
+def test_numbers_of_numpy(tmp_path):
+    trainer = make_trainer()
+    trainer.fit(TRAIN, 1, np.int32(32), seed=np.uint64(2**64 - 1))
+    trainer.save(tmp_path / "run")
+    assert resume(tmp_path / "run", make_trainer()).seed == 2**64 - 1
+
+
 # what does not fit
 
 

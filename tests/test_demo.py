@@ -1,12 +1,14 @@
 """demo/train_mnist.py, run as a person runs it."""
 
 import gzip
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,111 @@ def test_interrupt(digits, tmp_path):
     assert errors == "interrupted\n"
     assert "last accuracy" in rows(output)
     reference_network().to("cpu").load(path)
+
+
+def trained_weights(path):
+    return {name: x.tobytes() for name, x in weights.read(path)[0].items()}
+
+
+def test_a_killed_run_resumes_to_the_same_weights(digits, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run = tmp_path / "run"
+    common = ["--data", digits, "--epochs", 3]
+    done = demo(*common, "--save", whole)
+    assert done.returncode == 0, done.stderr
+
+    common += ["--checkpoint", run, "--checkpoint-every", 3, "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, DEMO, "--device", "cpu", *map(str, common)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        for line in process.stdout:
+            if line.startswith("epoch 1/3"):
+                break
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+    done = demo(*common, "--save", resumed)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"resuming \S+ after [012] epochs and \d+ steps", done.stdout)
+    assert trained_weights(resumed) == trained_weights(whole)
+    # the epochs before the kill are in the table
+    assert rows(done.stdout)["time an epoch"].endswith("s (median of 3)")
+    # there is nothing left to train
+    again = demo(*common, "--save", resumed)
+    assert again.returncode == 0, again.stderr
+    assert "after 3 epochs and 0 steps" in again.stdout
+    assert trained_weights(resumed) == trained_weights(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "resumed", "run", "whole"
+    ]
+
+    other = demo(*common, "--seed", 1)
+    assert other.returncode == 1
+    assert other.stderr == f"{run} is of a run with --seed 0, not 1\n"
+    other = demo(*common, "--recipe", "original")
+    assert other.returncode == 1
+    assert "was made with the schedule" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_interrupt_keeps_the_run(digits, tmp_path):
+    run = tmp_path / "run"
+    common = ["--data", digits, "--checkpoint", run, "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, DEMO, "--device", "cpu", "--epochs", "1000"]
+        + list(map(str, common)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch    1/1000"):
+                break
+        # into the steps of an epoch: only the checkpoint of the interrupt knows them
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    state = json.loads(weights.read(run)[1]["cycnn"])["run"]
+    assert state["epoch"] >= 1
+    if state["step"]:
+        done = demo(*common, "--epochs", 1000, "--batch-size", 64)
+        assert done.returncode == 1
+        assert "cannot go on with 64" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--resume"], "need --checkpoint"),
+        (["--checkpoint-every", 3], "need --checkpoint"),
+        (["--checkpoint", "run", "--checkpoint-every", 0], "at least 1"),
+        (["--checkpoint", "run", "--runs", 2], "--checkpoint holds one run"),
+        (["--checkpoint", "no-such-folder/run"], "there is no folder"),
+    ],
+)
+def test_checkpoint_arguments(arguments, message):
+    done = demo(*arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+
+
+def test_a_damaged_checkpoint(digits, tmp_path):
+    run = tmp_path / "run"
+    run.write_bytes(b"no checkpoint")
+    done = demo("--data", digits, "--checkpoint", run, "--resume")
+    assert done.returncode == 1
+    assert f"{run} is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_plot(digits, tmp_path):

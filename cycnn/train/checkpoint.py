@@ -13,12 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
+import sys
 
 import numpy as np
 
 from .. import __version__
 from ..errors import DataError
 from ..nn import weights
+from .history import EpochRecord
 
 _FORMAT = 1
 
@@ -39,9 +42,17 @@ def save(path, model, optimizer, schedule, run: dict) -> None:
             "schedule": schedule_name(schedule),
             "optimizer": numbers,
             "run": run,
-        }
+        },
+        default=_plain,
     )
     weights.write(path, tensors, {"cycnn": text, "sha256": _digest(tensors, text)})
+
+
+def _plain(value):
+    """A NumPy scalar, say a seed or a batch size, as the number that it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"a checkpoint cannot hold {value!r}")
 
 
 def load(path, model, optimizer, schedule) -> dict:
@@ -54,27 +65,28 @@ def load(path, model, optimizer, schedule) -> dict:
     """
     path = os.fspath(path)
     tensors, text = _read(path)
-    content = json.loads(text)
-    if content["format"] != _FORMAT:
-        raise DataError(
-            f"{path} has format {content['format']} of cycnn {content['cycnn']}; this "
-            f"is cycnn {__version__}, which reads format {_FORMAT}"
-        )
+    content = _parse(path, text)
     saved, given = content["schedule"], schedule_name(schedule)
     if saved != given:
         raise DataError(f"{path} was made with the schedule {saved}, this is {given}")
+    _check_run(path, content["run"])
     parameters, state = {}, dict(content["optimizer"])
     for name, array in tensors.items():
-        part, name = name.split(".", 1)
-        (parameters if part == "model" else state)[name] = array
+        part, _, rest = name.partition(".")
+        if part not in ("model", "optimizer") or rest in content["optimizer"]:
+            raise DataError(f"{path} holds {name}, which no checkpoint has")
+        (parameters if part == "model" else state)[rest] = array
     before = model.state_dict()
     try:
         # Each of the two checks everything before it writes anything.
         model.load_state_dict(parameters)
         optimizer.load_state_dict(state)
-    except (ValueError, TypeError) as error:
+    except BaseException as error:
         model.load_state_dict(before)
-        raise DataError(f"{path} is of another run: {error}") from error
+        # OverflowError: a number such as 10**400, which is in no float's range
+        if isinstance(error, (ValueError, TypeError, OverflowError)):
+            raise DataError(f"{path} is of another run: {error}") from error
+        raise
     return content["run"]
 
 
@@ -91,7 +103,10 @@ def schedule_name(schedule) -> str:
 
 
 def _read(path):
-    tensors, metadata = weights.read(path)
+    try:
+        tensors, metadata = weights.read(path)
+    except TypeError as error:
+        raise DataError(f"{error}; it is not from Trainer.save") from None
     if "cycnn" not in metadata:
         raise DataError(
             f"{path} holds no run: expected a file that Trainer.save wrote (weights "
@@ -100,6 +115,106 @@ def _read(path):
     if metadata.get("sha256") != _digest(tensors, metadata["cycnn"]):
         raise DataError(f"{path} is damaged: its content does not match its digest")
     return tensors, metadata["cycnn"]
+
+
+# The digest shows damage, not malice: anybody can compute it. So what the JSON holds is
+# checked as well, before anything of it is used.
+
+
+def _parse(path, text) -> dict:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: no JSON in it ({error})") from None
+    if not isinstance(content, dict) or "format" not in content:
+        raise DataError(f"{path} is damaged: its JSON has no format")
+    if content["format"] != _FORMAT:
+        raise DataError(
+            f"{path} has format {content['format']} of cycnn {content.get('cycnn')}; "
+            f"this is cycnn {__version__}, which reads format {_FORMAT}"
+        )
+    for name, kind in (("schedule", str), ("optimizer", dict), ("run", dict)):
+        value = content.get(name)
+        if not isinstance(value, kind):
+            raise DataError(f"{path} is damaged: {name} is {reprlib.repr(value)}")
+    return content
+
+
+def _is_count(value, limit=2**63):
+    return type(value) is int and 0 <= value < limit
+
+
+def _is_number(value):
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
+
+
+def _is_figure(value):
+    """What was measured; a loss may be infinite, or NaN."""
+    return type(value) is float or _is_number(value)
+
+
+def _is_seed(value):
+    return _is_count(value, 2**64)
+
+
+def _optional(check):
+    return lambda value: value is None or check(value)
+
+
+def _fields(**checks):
+    return lambda value: (
+        type(value) is dict
+        and value.keys() == checks.keys()
+        and all(check(value[name]) for name, check in checks.items())
+    )
+
+
+def _is_history(value):
+    # the figures are for people; only their names and kinds matter here
+    names = EpochRecord.__dataclass_fields__
+    record = _fields(**{name: _optional(_is_figure) for name in names})
+    return type(value) is list and all(record(row) for row in value)
+
+
+_RUN = {
+    "epoch": _is_count,
+    "step": _is_count,
+    "seed": _optional(_is_seed),
+    "base_lr": _is_number,
+    "seconds": _is_number,
+    "order": _optional(
+        _fields(
+            seed=_is_seed,
+            shuffle=lambda value: type(value) is bool,
+            batch_size=_is_count,
+            images=_is_count,
+        )
+    ),
+    "tally": _optional(
+        _fields(
+            loss_sum=_is_figure,
+            hits=lambda value: _is_count(value, 2**31),
+            full=_is_count,
+            rest=_is_figure,
+            rest_count=_is_count,
+        )
+    ),
+    "history": _is_history,
+}
+
+
+def _check_run(path, run) -> None:
+    """Refuse a run that Trainer.save cannot have written."""
+    for name, check in _RUN.items():
+        if name not in run:
+            raise DataError(f"{path} is damaged: its run has no {name}")
+        if not check(run[name]):
+            raise DataError(f"{path} is damaged: {name} is {reprlib.repr(run[name])}")
+    if run["step"] and None in (run["order"], run["tally"]):
+        raise DataError(
+            f"{path} is damaged: step {run['step']} of an epoch without its order or "
+            f"its sums"
+        )
 
 
 def _digest(tensors, text) -> str:
