@@ -268,7 +268,8 @@ def test_the_sdist_holds_what_the_build_and_the_tests_need(unpacked):
     held = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*")}
     needed = {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "tests/conftest.py"}
     needed.add("tools/build_kernels.py")
-    for pattern in ("cycnn/**/*.py", "cycnn/**/*.pyx", "cycnn/**/*.pxd", "cuda/**/*.cu*"):
+    kernels = ("cuda/*.cu*", "cuda/templates/*.cu*")
+    for pattern in ("cycnn/**/*.py", "cycnn/**/*.pyx", "cycnn/**/*.pxd", *kernels):
         needed |= {p.relative_to(ROOT).as_posix() for p in ROOT.glob(pattern)}
     assert needed <= held, needed - held
     made = [name for name in held if name.endswith((".so", ".c", ".cpp", ".cubin"))]

@@ -301,7 +301,7 @@ class Trainer:
             with _InterruptGuard() as guard:
                 while self.epoch < epochs and not self._stopped:
                     self._run_epoch(steps, callbacks, guard)
-                    self._finish_epoch(len(train), test_loader, callbacks)
+                    self._finish_epoch(len(train), test_loader, callbacks, guard)
         finally:
             self._pause_clock()
             _notify(callbacks, "on_fit_end", self)
@@ -379,7 +379,7 @@ class Trainer:
         finally:
             steps.end_epoch()
 
-    def _finish_epoch(self, images, test_loader, callbacks):
+    def _finish_epoch(self, images, test_loader, callbacks, guard):
         loss, accuracy = self._tally.read()
         self._pause_clock()
         seconds = self._seconds
@@ -396,10 +396,12 @@ class Trainer:
             test_loss=test["loss"],
             test_accuracy=test["accuracy"],
         )
+        guard.in_step = True  # all of this, or none
         self.history.append(record)
         self.epoch += 1
         self.step = 0
         self._seconds = 0.0
+        guard.leave_step()
         _notify(callbacks, "on_epoch_end", self, record)
 
     def _elapsed(self) -> float:
