@@ -196,6 +196,7 @@ def test_a_file_that_another_process_writes_is_left_alone(tmp_path):
     path = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-c", code, path],
+        cwd=tmp_path,  # not the checkout, which would hide the installed package
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -221,7 +222,7 @@ def test_two_that_save_to_one_file(tmp_path):
     path = tmp_path / "run"
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, path, letter], env=ENVIRONMENT
+            [sys.executable, "-c", code, path, letter], cwd=tmp_path, env=ENVIRONMENT
         )
         for letter in "ab"
     ]
