@@ -85,22 +85,14 @@ class RMSprop(Optimizer):
         return state
 
     def _update(self, ops, run):
-        settings, state = self._settings, run.state
-        ops.rmsprop_step(
-            run.data,
-            run.grad,
-            state["square_avg"],
-            state.get("momentum_buffer"),
-            self._lr_on_device,
-            settings["alpha"],
-            settings["eps"],
-            settings["weight_decay"],
-            settings["momentum"],
-        )
+        ops.rmsprop_step(*self._arguments(run))
 
     def _update_from(self, updater, run):
+        updater.rmsprop(*self._arguments(run))
+
+    def _arguments(self, run):
         settings, state = self._settings, run.state
-        updater.rmsprop(
+        return (
             run.data,
             run.grad,
             state["square_avg"],

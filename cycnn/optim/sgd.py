@@ -54,20 +54,14 @@ class SGD(Optimizer):
         return {"momentum_buffer": 0.0} if self.momentum else {}
 
     def _update(self, ops, run):
-        settings = self._settings
-        ops.sgd_step(
-            run.data,
-            run.grad,
-            run.state.get("momentum_buffer"),
-            self._lr_on_device,
-            settings["momentum"],
-            settings["weight_decay"],
-            settings["nesterov"],
-        )
+        ops.sgd_step(*self._arguments(run))
 
     def _update_from(self, updater, run):
+        updater.sgd(*self._arguments(run))
+
+    def _arguments(self, run):
         settings = self._settings
-        updater.sgd(
+        return (
             run.data,
             run.grad,
             run.state.get("momentum_buffer"),

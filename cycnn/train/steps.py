@@ -73,10 +73,16 @@ class Steps:
         if kernels:
             fused.prepare(kernels, loader.device)
 
-    def _train(self, images, labels) -> None:
+    def _train(self, images, labels, update=None, recording=False) -> None:
+        """One step; ``update``, a PartialStep, does the optimizer's part if given."""
         scores, value = self.objective.forward(images, labels)
-        self.objective.backward()
-        self.trainer.optimizer.step()
+        if update is None:
+            self.objective.backward()
+            self.trainer.optimizer.step()
+        else:
+            partials = {}
+            self.objective.backward(partials)
+            update.run(partials, recording)
         self.tally.add(value, scores, labels)
 
 
@@ -194,14 +200,7 @@ class CapturedSteps(Steps):
         )
         images = ops.gather_images(held.images, index, dataset.scale, dataset.shift)
         labels = ops.gather_labels(held.labels, index)
-        if update is None:
-            self._train(images, labels)
-            return
-        scores, value = self.objective.forward(images, labels)
-        partials = {}
-        self.objective.backward(partials)
-        update.run(partials, recording)
-        self.tally.add(value, scores, labels)
+        self._train(images, labels, update, recording)
 
     def _signature(self):
         trainer = self.trainer

@@ -10,13 +10,6 @@ from cycnn import nn, optim
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["fp32", "tf32", "bf16"])
-def precision(request):
-    cycnn.set_precision(request.param)
-    yield request.param
-    cycnn.set_precision("fp32")
-
-
 # Of the norm: what a layer's rounding of its operands may become over a network of them,
 # in which a rounded activation may also fall to the other side of a ReLU.
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1.5e-1}

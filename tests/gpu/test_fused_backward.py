@@ -45,14 +45,6 @@ def fused():
     return fused_cuda_backward
 
 
-@pytest.fixture(params=OPERANDS)
-def precision(request):
-    before = cycnn.get_precision()
-    cycnn.set_precision(request.param)
-    yield request.param
-    cycnn.set_precision(before)
-
-
 def on_gpu(array):
     return None if array is None else Tensor(array, "cuda")
 

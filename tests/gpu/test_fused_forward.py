@@ -9,7 +9,6 @@ is left out of a product, its rest and the product of both rests, is below 2^-21
 import numpy as np
 import pytest
 
-import cycnn
 from cycnn import Tensor
 from cycnn.errors import ShapeError
 from cycnn.ops import reference
@@ -69,14 +68,6 @@ def poison(ops, monkeypatch):
         return tensor
 
     monkeypatch.setattr(ops, "empty_on_gpu", poisoned)
-
-
-@pytest.fixture(params=OPERANDS)
-def precision(request):
-    before = cycnn.get_precision()
-    cycnn.set_precision(request.param)
-    yield request.param
-    cycnn.set_precision(before)
 
 
 @pytest.fixture

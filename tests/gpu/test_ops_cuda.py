@@ -24,14 +24,6 @@ def ops():
     return cuda
 
 
-@pytest.fixture(params=ROUNDOFF)
-def precision(request):
-    before = cycnn.get_precision()
-    cycnn.set_precision(request.param)
-    yield request.param
-    cycnn.set_precision(before)
-
-
 @pytest.fixture
 def rng():
     return np.random.default_rng(20)
