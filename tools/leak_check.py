@@ -32,7 +32,7 @@ def train() -> float:
         model.backward(loss.backward())
         optimizer.step()
     model.eval()
-    model(images[:3]).numpy()
+    model(images[:3] / np.float32(255)).numpy()
     return value
 
 

@@ -244,7 +244,7 @@ def test_conv_pair(ops, precision, rng, x_shape, first, second, gather):
         ops.ConvBlock(on_gpu(weight), on_gpu(bias), *geometry)
         for weight, bias, *geometry in arguments
     ]
-    if not ops.conv_pair_supported(x_shape, *blocks, gather):
+    if not ops.conv_pair_supported(x_shape, *blocks, 0, gather):
         # two tf32 halves of both operands do not fit beside each other
         assert precision == "fp32"
         with pytest.raises(NotImplementedError):
