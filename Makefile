@@ -1,6 +1,7 @@
 # make demo    train the reference network on MNIST        make demo ARGS="--epochs 10"
 # make test    the tests, on a machine with or without a GPU
 # make gpu     the tests that need a GPU, then a memory checker; writes tests/gpu_record.json
+# make sanitize  the same with every tool of compute-sanitizer, which takes longer
 # make gpu-check   does that record belong to the sources as they are now?
 # make wheel   dist/cycnn-*.whl
 # make clean   removes what the others made
@@ -11,7 +12,6 @@
 GPU_PYTHON := $(if $(filter undefined,$(origin PYTHON)),,$(PYTHON))
 PYTHON ?= python3
 ARGS ?=
-GPU_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 DEMO_ENV ?= .venv-demo
@@ -32,7 +32,7 @@ DEMO_WHEEL := build/wheel$(if $(filter 0,$(CYCNN_BUILD_GPU)),-cpu)
 comma := ,
 DEMO_EXTRAS := progress$(if $(NVIDIA),$(comma)jit)
 
-.PHONY: demo test wheel gpu gpu-check clean
+.PHONY: demo test wheel gpu sanitize gpu-check clean
 
 demo: $(DEMO_ENV)/installed
 	$(if $(findstring --plot,$(ARGS)),$(DEMO_ENV)/bin/python -m pip install -q matplotlib)
@@ -52,6 +52,9 @@ gpu: $(TEST_ENV)/installed
 	$(TEST_ENV)/bin/python -m pip install -q nvidia-cuda-sanitizer-api
 	$(TEST_ENV)/bin/python tools/gpu_record.py $(GPU_ARGS)
 endif
+
+sanitize:
+	$(MAKE) gpu GPU_ARGS="$(GPU_ARGS) $(foreach tool,memcheck racecheck initcheck synccheck,--tool $(tool))"
 
 gpu-check:
 	@$(PYTHON) tools/gpu_record.py --check

@@ -17,6 +17,8 @@ GPU_TESTS = ROOT / "tests" / "gpu"
 # Set where a GPU must be there (make gpu): a GPU test that is skipped has failed.
 REQUIRE_GPU = os.environ.get("CYCNN_REQUIRE_GPU") == "1"
 SANITIZE = os.environ.get("CYCNN_SANITIZE") == "1"
+# "2/8": the third of eight processes that share the tests.
+SHARE = os.environ.get("CYCNN_SHARE", "0/1")
 
 
 # A shell starts its background jobs with Ctrl-C ignored, and what they start inherits it.
@@ -32,7 +34,11 @@ def pytest_report_header():
     ]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    share, shares = map(int, SHARE.split("/"))
+    # neighbours are alike, and go to different processes
+    items[:] = items[share::shares]
     left_out = []
     for item in items:
         if GPU_TESTS in item.path.parents:

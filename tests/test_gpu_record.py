@@ -2,10 +2,15 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import cycnn
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location(
@@ -166,3 +171,30 @@ def test_a_run_without_report_or_closing_line(tmp_path):
         gpu_record.junit_counts(tmp_path / "report.xml")
     with pytest.raises(gpu_record.Failed):
         gpu_record.deselected("collected 3 items\n")
+
+
+def test_every_test_is_in_one_share(tmp_path, monkeypatch):
+    tests = tmp_path / "tests"
+    (tests / "gpu").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "conftest.py", tests)
+    (tests / "gpu" / "test_some.py").write_text(TESTS.format(""))
+    monkeypatch.setattr(gpu_record, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(cycnn.__file__).resolve().parents[1]))
+    judged = []
+    counts = gpu_record.run_tests(3, [], lambda *given: judged.append(given))
+    # without a GPU they fail, since they are required to run
+    assert counts["passed"] + counts["failed"] == 4
+    assert sorted(sum(c.values()) for _, _, c in judged) == [1, 1, 2]
+
+
+def test_what_is_checked_for_leaks_runs_to_its_end(tmp_path):
+    package = Path(cycnn.__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "leak_check.py", "--device", "cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

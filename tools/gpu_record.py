@@ -14,6 +14,7 @@ This script needs nothing but Python; what it runs needs a GPU, cycnn and pytest
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import hashlib
 import importlib.util
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree
 from pathlib import Path
@@ -40,6 +42,8 @@ COVERED = (
     "cycnn/ops/cuda.py",
     "cycnn/ops/*fused*.py",
     "cycnn/ops/*plan.py",
+    "cycnn/nn/fuse.py",
+    "cycnn/train/steps.py",
     "cycnn/tensor.pyx",
     "cycnn/_dlpack.pyx",
     "tests/gpu/*.py",
@@ -222,11 +226,12 @@ def sanitizer_command(sanitizer: str, tool: str) -> list[str]:
     return [sanitizer, "--tool", tool, *COMMON, *options]
 
 
-def run(command, **environment) -> tuple[int, str, float]:
-    """Run a command in tests/, showing what it prints; (status, output, seconds)."""
-    print("$", " ".join(map(str, command)), flush=True)
-    start = time.monotonic()
-    process = subprocess.Popen(
+_printing = threading.Lock()
+
+
+def run(command, **environment) -> tuple[int, str]:
+    """Run a command in tests/, then show what it printed; (status, output)."""
+    done = subprocess.run(
         command,
         # not in the root: there `python -m pytest` would import cycnn from the sources
         cwd=ROOT / "tests",
@@ -237,18 +242,38 @@ def run(command, **environment) -> tuple[int, str, float]:
         text=True,
         errors="replace",
     )
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines), round(time.monotonic() - start, 1)
+    with _printing:
+        print("$", " ".join(map(str, command)))
+        print(done.stdout, end="", flush=True)
+    return done.returncode, done.stdout
 
 
-def pytest_command(report: Path) -> list:
-    return [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
-        f"--junitxml={report}", str(ROOT / "tests" / "gpu"),
-    ]  # fmt: skip
+def run_tests(jobs, prefix, judge, **environment) -> dict:
+    """The GPU tests, dealt to processes that run side by side; their counts.
+
+    Each process must pass ``judge(status, output, counts)``.
+    """
+    start = time.monotonic()
+
+    def one(job):
+        report = Path(folder) / f"{job}.xml"
+        command = [
+            *prefix, sys.executable, "-m", "pytest", "-m", "gpu",
+            "-p", "no:cacheprovider", f"--junitxml={report}",
+            str(ROOT / "tests" / "gpu"),
+        ]  # fmt: skip
+        status, output = run(
+            command, CYCNN_REQUIRE_GPU="1", CYCNN_SHARE=f"{job}/{jobs}", **environment
+        )
+        counts = junit_counts(report)
+        judge(status, output, counts)
+        return {**counts, "left_out": deselected(output)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            parts = list(pool.map(one, range(jobs)))
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return {**total, "seconds": round(time.monotonic() - start, 1)}
 
 
 def query_device() -> dict:
@@ -275,37 +300,42 @@ def driver_version() -> str | None:
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout else None
 
 
-def make_record(tools: list[str]) -> dict:
+def make_record(tools: list[str], jobs: int) -> dict:
     """Run everything; Failed at the first step that does not pass."""
     covered = digest()
     record = query_device()
     print(f"GPU: {record['device']}, driver {record['driver']}", flush=True)
     sanitizer = find_sanitizer()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "plain.xml"
-        status, _, seconds = run(pytest_command(report), CYCNN_REQUIRE_GPU="1")
-        plain = junit_counts(report)
-        judge_tests(status, plain)
-        record["tests"] = {**plain, "seconds": seconds}
-        record["sanitizer"] = {}
-        for tool in tools:
-            report = Path(folder) / f"{tool}.xml"
-            status, output, seconds = run(
-                [*sanitizer_command(sanitizer, tool), *pytest_command(report)],
-                CYCNN_REQUIRE_GPU="1",
-                CYCNN_SANITIZE="1",
-                CYCNN_PLAIN_ALLOC="1",
-            )
-            judge_sanitizer(tool, status, output)
-            counts, left_out = junit_counts(report), deselected(output)
-            judge_sanitized_tests(counts, left_out, plain)
-            record["sanitizer"][tool] = {
-                "errors": 0,
-                "passed": counts["passed"],
-                "left_out": left_out,
-                "seconds": seconds,
-            }
-    status, output, seconds = run(
+    record["leaks"] = check_leaks(sanitizer)
+    plain = run_tests(jobs, [], lambda status, _, counts: judge_tests(status, counts))
+    record["tests"] = {k: v for k, v in plain.items() if k != "left_out"}
+    record["sanitizer"] = {}
+    for tool in tools:
+        counts = run_tests(
+            jobs,
+            sanitizer_command(sanitizer, tool),
+            lambda status, output, _: judge_sanitizer(tool, status, output),
+            CYCNN_SANITIZE="1",
+            CYCNN_PLAIN_ALLOC="1",
+        )
+        judge_sanitized_tests(counts, counts["left_out"], plain)
+        record["sanitizer"][tool] = {
+            "errors": 0,
+            "passed": counts["passed"],
+            "left_out": counts["left_out"],
+            "seconds": counts["seconds"],
+        }
+    if digest() != covered:
+        raise Failed("the sources changed while the tests ran")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    record["date"] = now.isoformat(timespec="seconds")
+    record["digest"] = covered
+    return record
+
+
+def check_leaks(sanitizer: str) -> dict:
+    start = time.monotonic()
+    status, output = run(
         [
             *sanitizer_command(sanitizer, "memcheck"),
             *("--leak-check", "full", sys.executable),
@@ -314,13 +344,7 @@ def make_record(tools: list[str]) -> dict:
         CYCNN_PLAIN_ALLOC="1",
     )
     judge_leaks(status, output)
-    record["leaks"] = {"bytes": 0, "seconds": seconds}
-    if digest() != covered:
-        raise Failed("the sources changed while the tests ran")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    record["date"] = now.isoformat(timespec="seconds")
-    record["digest"] = covered
-    return record
+    return {"bytes": 0, "seconds": round(time.monotonic() - start, 1)}
 
 
 def main() -> int:
@@ -339,6 +363,12 @@ def main() -> int:
         choices=TOOLS,
         help="sanitizer tool to run the tests under; may be repeated (memcheck)",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="processes that share the tests, each with some GPU memory (%(default)s)",
+    )
     options = parser.parse_args()
     if options.check:
         current, line = check()
@@ -348,7 +378,7 @@ def main() -> int:
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     try:
-        record = make_record(options.tool or ["memcheck"])
+        record = make_record(options.tool or ["memcheck"], max(options.jobs, 1))
     except Failed as error:
         print(f"gpu: FAILED, {error}. {RECORD.name} is left as it was.")
         return 1
