@@ -55,7 +55,8 @@ class Saver:
 
 def main(path, *die):
     # with momentum, so that the file holds two tensors of state for each parameter
-    trainer = make_trainer(momentum=0.5)
+    device = os.environ.get("CYCNN_TEST_DEVICE", "cpu")
+    trainer = make_trainer(momentum=0.5, device=device)
     if os.path.exists(path):
         trainer = Trainer.resume(
             path,

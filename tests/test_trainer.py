@@ -146,6 +146,13 @@ def test_a_second_fit_goes_on():
     assert history["epoch"] == [1, 2, 3]
 
 
+def test_a_loss_that_is_no_number_is_said(caplog):
+    trainer = make_trainer(lr=1e30)
+    with caplog.at_level(logging.WARNING, "cycnn"), np.errstate(all="ignore"):
+        trainer.fit(patterns(64), 2, 32)
+    assert "the loss is nan; try a smaller learning rate" in caplog.text
+
+
 def test_nothing_left_to_train_is_said(caplog):
     trainer = make_trainer()
     fit(trainer, epochs=2)

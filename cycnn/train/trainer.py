@@ -8,6 +8,7 @@ is never idle.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -382,6 +383,13 @@ class Trainer:
     def _finish_epoch(self, images, test_loader, callbacks, guard):
         loss, accuracy = self._tally.read()
         self._pause_clock()
+        if not math.isfinite(loss):
+            _log.warning(
+                "epoch %d: the loss is %s; try a smaller learning rate, and look for "
+                "NaN in the data",
+                self.epoch + 1,
+                loss,
+            )
         seconds = self._seconds
         test = {"loss": None, "accuracy": None}
         if test_loader is not None:

@@ -7,6 +7,7 @@ products; that sum is the reference operation itself on absolute values.
 
 import numpy as np
 import pytest
+from random_blocks import draw_block
 
 import cycnn
 from cycnn import Tensor
@@ -72,8 +73,8 @@ def assert_within(got, want, absolute, products, precision):
 class Conv:
     """Input, reference and a run of one block."""
 
-    def __init__(self, name, batch, seed=3):
-        image, (k, r, s), self.stride, self.padding, self.pool, self.relu = CONVS[name]
+    def __init__(self, spec, batch, seed=3):
+        image, (k, r, s), self.stride, self.padding, self.pool, self.relu = spec
         self.x, self.weight = normal(seed, batch, *image), normal(
             seed + 1, k, image[0], r, s
         )
@@ -130,7 +131,16 @@ class Conv:
 @pytest.mark.parametrize("batch", [1, 5, 67])
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_block(fused, precision, name, batch):
-    conv = Conv(name, batch)
+    check_conv_block(fused, precision, Conv(CONVS[name], batch))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_conv_block_of_any_shape(fused, precision, seed):
+    batch, *spec = draw_block(seed)
+    check_conv_block(fused, precision, Conv(spec, batch, seed))
+
+
+def check_conv_block(fused, precision, conv):
     found = conv.run(fused)
     wanted = conv.reference(conv.dz, conv.x, conv.weight)
     absolute = conv.reference(*map(np.abs, (conv.dz, conv.x, conv.weight)))
@@ -144,7 +154,7 @@ def test_conv_block(fused, precision, name, batch):
 
 @pytest.mark.parametrize("name", ["second", "colours", "strided"])
 def test_conv_block_gives_equal_bits(fused, precision, name):
-    conv = Conv(name, 33)
+    conv = Conv(CONVS[name], 33)
     first, second = conv.run(fused), conv.run(fused)
     for one, other in zip(first, second):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
@@ -152,7 +162,7 @@ def test_conv_block_gives_equal_bits(fused, precision, name):
 
 @pytest.mark.parametrize("name", ["first", "padded"])
 def test_conv_block_does_no_more_than_asked(fused, name):
-    conv = Conv(name, 4)
+    conv = Conv(CONVS[name], 4)
     dx, dweight, dbias = conv.run(fused, need_dx=False, bias=False)
     assert dx is None and dbias is None
     _, with_bias, _ = conv.run(fused)
@@ -160,7 +170,7 @@ def test_conv_block_does_no_more_than_asked(fused, name):
 
 
 def test_conv_block_of_an_empty_batch(fused):
-    conv = Conv("second", 2)
+    conv = Conv(CONVS["second"], 2)
     conv.x, conv.dy, conv.y, conv.code = (
         array[:0] for array in (conv.x, conv.dy, conv.y, conv.code)
     )
@@ -170,14 +180,14 @@ def test_conv_block_of_an_empty_batch(fused):
 
 
 def test_conv_block_refuses_shapes_that_do_not_fit(fused):
-    conv = Conv("second", 2)
+    conv = Conv(CONVS["second"], 2)
     conv.dy = conv.dy[:, :, 1:]
     with pytest.raises(ShapeError, match="dy has shape"):
         conv.run(fused)
 
 
 def test_partials_add_up(fused):
-    conv = Conv("second", 130)
+    conv = Conv(CONVS["second"], 130)
     _, dweight, dbias = conv.run(fused)
     given = map(on_gpu, (conv.dy, conv.y, conv.code, conv.x, conv.weight))
     _, parts = fused.conv_block_backward_partials(*given, conv.relu, conv.pool)

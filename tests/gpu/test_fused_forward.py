@@ -8,6 +8,7 @@ is left out of a product, its rest and the product of both rests, is below 2^-21
 
 import numpy as np
 import pytest
+from random_blocks import draw_block
 
 from cycnn import Tensor
 from cycnn.errors import ShapeError
@@ -165,6 +166,15 @@ def test_conv_block(
     assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry)))
     packed = ops.pack_filter(given[1], x_shape, pool, stride, padding)
     assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry, packed)))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_conv_block_of_any_shape(ops, precision, rng, seed):
+    batch, image, weight_shape, stride, padding, pool, relu = draw_block(seed)
+    x, weight, bias = block_arguments(rng, (batch, *image), weight_shape, True)
+    geometry = relu, pool, stride, padding
+    got = numpy(ops.conv_block_forward(*map(on_gpu, (x, weight, bias)), *geometry))
+    check_block(precision, *got, x, weight, bias, *geometry)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 31, 97])

@@ -250,6 +250,61 @@ def check_product(ops, precision, name, arrays, options, accumulate, lengths):
     assert_same_bits(dw, got[1])
 
 
+def magnitude(rng):
+    """A power of two, so that scaling by it rounds nothing."""
+    return np.float32(2.0 ** rng.integers(-20, 20))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_conv2d_of_any_shape(ops, precision, seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(low, high):
+        return int(rng.integers(low, high + 1))
+
+    groups = draw(1, 3)
+    filter_size = draw(1, 5), draw(1, 5)
+    options = {
+        "stride": (draw(1, 6), draw(1, 6)),
+        "padding": (draw(0, 3), draw(0, 3)),
+        "dilation": (draw(1, 3), draw(1, 3)),
+        "groups": groups,
+    }
+    geometry = zip(filter_size, options["dilation"], options["padding"])
+    size = [max(1, d * (f - 1) + 1 - 2 * p) + draw(0, 20) for f, d, p in geometry]
+    x_shape = draw(0, 9), groups * draw(1, 40), *size
+    w_shape = groups * draw(1, 40), x_shape[1] // groups, *filter_size
+    x, weight = normal(rng, *x_shape), normal(rng, *w_shape)
+    bias, dweight, dbias = (
+        normal(rng, *s) for s in (w_shape[:1], w_shape, w_shape[:1])
+    )
+    y = reference.conv2d_forward(x, weight, bias, **options)
+    pixels = y[:, 0].size
+    taps = filter_size[0] * filter_size[1]
+    arrays = [x, weight, bias, normal(rng, *y.shape), dweight, dbias]
+    check_product(
+        ops,
+        precision,
+        "conv2d",
+        [array * magnitude(rng) for array in arrays],
+        options,
+        bool(draw(0, 1)),
+        lengths=(w_shape[1] * taps, w_shape[0] * taps, pixels, pixels),
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_linear_of_any_shape(ops, precision, seed):
+    rng = np.random.default_rng(seed)
+    n, i, o = (int(2 ** rng.uniform(0, limit)) for limit in (8, 11, 8))
+    shapes = (n, i), (o, i), (o,), (n, o), (o, i), (o,)
+    arrays = [normal(rng, *shape) * magnitude(rng) for shape in shapes]
+    accumulate = bool(rng.integers(2))
+    check_product(
+        ops, precision, "linear", arrays, {}, accumulate, lengths=(i, o, n, n)
+    )
+
+
 @pytest.fixture
 def fresh_plans(ops):
     """Nothing planned before the test is used in it, nothing of it after."""
@@ -359,6 +414,29 @@ def test_maxpool2d(ops, rng, case):
     assert_close(dx, want, windows * F32 * total)
     again = ops.maxpool2d_backward(on_gpu(dy), positions, shape, *window)
     assert_same_bits(dx, again)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_maxpool2d_of_any_shape(ops, seed):
+    rng = np.random.default_rng(seed)
+    window = tuple(map(int, rng.integers(1, 6, 2)))
+    stride = tuple(map(int, rng.integers(1, 7, 2)))
+    padding = tuple(int(rng.integers(0, k // 2 + 1)) for k in window)
+    size = [k + int(rng.integers(0, 30)) for k in window]
+    # rounded, so that there are ties
+    x = np.round(
+        2 * normal(rng, int(rng.integers(0, 5)), int(rng.integers(1, 9)), *size)
+    )
+    how = window, stride, padding
+    y, positions = ops.maxpool2d_forward(on_gpu(x), *how)
+    want, at = reference.maxpool2d_forward(x, *how)
+    np.testing.assert_array_equal(y.numpy(), want)
+    np.testing.assert_array_equal(positions.numpy(), at)
+    dy = np.round(8 * normal(rng, *want.shape))  # whole numbers, whose sums are exact
+    dx = ops.maxpool2d_backward(on_gpu(dy), positions, x.shape, *how)
+    np.testing.assert_array_equal(
+        dx.numpy(), reference.maxpool2d_backward(dy, at, x.shape, *how)
+    )
 
 
 # ---------------------------------------------------------------- softmax, losses

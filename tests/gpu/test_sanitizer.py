@@ -1,4 +1,4 @@
-"""That ``make sanitize`` would see a fault: each tool is shown one, and a sound kernel."""
+"""That each tool of ``make sanitize`` sees a fault, and none in a sound kernel."""
 
 import importlib.util
 import os
@@ -58,7 +58,10 @@ def judge(tool, body, folder):
     script = folder / "program.py"
     script.write_text(PROGRAM)
     command = gpu_record.sanitizer_command(gpu_record.find_sanitizer(), tool)
-    path = [str(Path(cycnn.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    path = [
+        str(Path(cycnn.__file__).resolve().parents[1]),
+        os.environ.get("PYTHONPATH"),
+    ]
     status, output = gpu_record.run(
         [*command, sys.executable, script, KERNEL.format(body)],
         PYTHONPATH=os.pathsep.join(filter(None, path)),
@@ -69,5 +72,7 @@ def judge(tool, body, folder):
 @pytest.mark.parametrize("tool", PLANTED)
 def test_a_planted_fault_is_found(tool, tmp_path):
     judge(tool, SOUND, tmp_path)
-    with pytest.raises(gpu_record.Failed, match=rf"{tool}: .*[1-9]\d* (errors?|hazards?)"):
+    with pytest.raises(
+        gpu_record.Failed, match=rf"{tool}: .*[1-9]\d* (errors?|hazards?)"
+    ):
         judge(tool, PLANTED[tool], tmp_path)
