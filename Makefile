@@ -1,10 +1,12 @@
-# make demo    train the reference network on MNIST        make demo ARGS="--epochs 10"
-# make test    the tests, on a machine with or without a GPU
-# make gpu     the tests that need a GPU, then a memory checker; writes tests/gpu_record.json
-# make sanitize  the same with every tool of compute-sanitizer, which takes longer
+# make demo        train the reference network on MNIST    make demo ARGS="--epochs 10"
+# make test        the tests, on a machine with or without a GPU
+# make gpu         the tests that need a GPU, also under memcheck; writes
+#                  tests/gpu_record.json
+# make sanitize    the same with every tool of compute-sanitizer, which takes longer
 # make gpu-check   does that record belong to the sources as they are now?
-# make wheel   dist/cycnn-*.whl
-# make clean   removes what the others made
+# make coverage    lines of Python and Cython that the tests run
+# make wheel       dist/cycnn-*.whl
+# make clean       removes what the others made
 #
 # PYTHON picks the interpreter. `make gpu PYTHON=python3` uses that interpreter as it is,
 # with no virtual environment and no network: for a machine that has what is needed.
@@ -32,7 +34,7 @@ DEMO_WHEEL := build/wheel$(if $(filter 0,$(CYCNN_BUILD_GPU)),-cpu)
 comma := ,
 DEMO_EXTRAS := progress$(if $(NVIDIA),$(comma)jit)
 
-.PHONY: demo test wheel gpu sanitize gpu-check clean
+.PHONY: demo test wheel coverage gpu sanitize gpu-check clean
 
 demo: $(DEMO_ENV)/installed
 	$(if $(findstring --plot,$(ARGS)),$(DEMO_ENV)/bin/python -m pip install -q matplotlib)
@@ -97,6 +99,20 @@ $(DEMO_ENV)/installed: $(DEMO_WHEEL)
 $(TEST_ENV)/installed: build/wheel
 	$(call install,$(TEST_ENV),build/wheel,test)
 	@touch $@
+
+# A copy is built, since modules that report their lines are slow and not for use. Left
+# out: tests of packaging, which need a checkout, and of kills, which trace lines as well.
+coverage:
+	rm -rf build/coverage
+	mkdir -p build/coverage
+	cp -r setup.py pyproject.toml MANIFEST.in README.md LICENSE cycnn cuda tests tools demo \
+	    bench build/coverage
+	$(PYTHON) -m venv build/coverage/env
+	CYCNN_COVERAGE=1 build/coverage/env/bin/python -m pip install -q coverage \
+	    -e "build/coverage[test]"
+	cd build/coverage && env/bin/python -m coverage run -m pytest \
+	    --ignore tests/test_packaging.py --ignore tests/test_kill.py $(PYTEST_ARGS)
+	cd build/coverage && env/bin/python -m coverage report --sort cover
 
 clean:
 	rm -rf build dist cycnn.egg-info cuda/cubin $(DEMO_ENV) $(TEST_ENV) .pytest_cache

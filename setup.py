@@ -189,7 +189,9 @@ class BuildExt(build_ext):
         if not self.gpu:
             self.extensions = [e for e in self.extensions if e not in gpu]
         openmp = ["-fopenmp"] if self.compiles(["-fopenmp"], OPENMP_PROBE) else []
-        if not openmp:
+        if COVERAGE:
+            openmp = []  # what traces a line may leave a parallel loop, which C forbids
+        elif not openmp:
             say("this compiler has no OpenMP: the CPU operations will use one core")
         for extension in self.extensions:
             loops = extension.name == "cycnn.ops._cpu"
@@ -211,7 +213,8 @@ class BuildExt(build_ext):
 
         done = cythonize(
             self.extensions,
-            build_dir=str(Path("build") / "cython"),
+            # coverage.py's plugin looks for the C files beside their sources
+            build_dir=None if COVERAGE else str(Path("build") / "cython"),
             compiler_directives=CYTHON_DIRECTIVES,
             nthreads=min(self.parallel, len(self.extensions)),
         )
