@@ -189,7 +189,10 @@ def _reference_requests(arch, processors, options):
             kernel.request(arch)
             for precision in options.precision
             for batch in sorted(batches)
-            for kernel in objective.kernels((batch, 1, 28, 28), machine, precision)
+            for gather in (True, False)  # captured steps, and eager ones
+            for kernel in objective.kernels(
+                (batch, 1, 28, 28), machine, precision, gather
+            )
         )
     )
 

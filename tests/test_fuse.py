@@ -12,7 +12,7 @@ from training import digest, figures, make_trainer, patterns
 
 import cycnn
 from cycnn import nn, optim
-from cycnn.nn.fuse import FusedConv2d, FusedLinear, FusedSequential
+from cycnn.nn.fuse import FusedConv2d, FusedConvPair, FusedLinear, FusedSequential
 from cycnn.ops import cpu, fused
 
 
@@ -29,7 +29,9 @@ def positions_of(code, pool, x_shape):
     return rows * x_shape[3] + q * pool[1] + index % pool[1]
 
 
-def conv_block_forward(x, weight, bias, relu, pool, stride, padding):
+def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None):
+    if isinstance(x, fused.Gather):
+        x = written(x)
     z = cpu.conv2d_forward(x, weight, bias, stride, padding)
     if relu:
         z = cpu.relu_forward(z)
@@ -57,6 +59,17 @@ def conv_block_backward(
     return cpu.conv2d_backward(
         dy, x, weight, dweight, dbias, stride, padding, need_dx=need_dx
     )
+
+
+def written(gather):
+    """The batch, which a kernel writes where it is told to."""
+    gather.x.copy_(gather.made())
+    return gather.x
+
+
+def conv_pair_forward(x, first, second, packed=None):
+    y1, code1 = conv_block_forward(x, *first)
+    return y1, code1, *conv_block_forward(y1, *second)
 
 
 class Partials(NamedTuple):
@@ -151,6 +164,8 @@ def calls(monkeypatch):
     def stand_in(function):
         def run(*args):
             ran.append(function.__name__)
+            if isinstance(args[0], fused.Gather):
+                ran.append("gather")
             return function(*args)
 
         return run
@@ -158,6 +173,7 @@ def calls(monkeypatch):
     for function in (
         conv_block_forward,
         conv_block_backward,
+        conv_pair_forward,
         linear_block_forward,
         linear_block_backward,
         head_forward,
@@ -167,8 +183,8 @@ def calls(monkeypatch):
         head_backward_partials,
     ):
         monkeypatch.setattr(fused, function.__name__, stand_in(function))
-    for name in ("conv_block_supported", "linear_block_supported", "head_supported"):
-        monkeypatch.setattr(fused, name, lambda *_: True)
+    for name in ("conv_block", "conv_pair", "gather", "linear_block", "head"):
+        monkeypatch.setattr(fused, f"{name}_supported", lambda *_: True)
     monkeypatch.setattr(fused, "updater", Updater)
     return ran
 
@@ -179,11 +195,12 @@ def kinds(model):
 
 def test_runs_that_are_replaced():
     assert kinds(nn.reference_network()) == [
-        *["FusedConv2d"] * 3, "Flatten", "FusedLinear", "FusedLinear", "LogSoftmax",
+        "FusedConvPair", "FusedConv2d", "Flatten", "FusedLinear", "FusedLinear",
+        "LogSoftmax",
     ]  # fmt: skip
     layers = nn.fuse(nn.reference_network())
     assert [len(layer.parts) for layer in layers if hasattr(layer, "parts")] == [
-        3, 3, 2, 2, 1,
+        6, 2, 2, 1,
     ]  # fmt: skip
 
 
@@ -198,6 +215,13 @@ def test_runs_that_are_replaced():
         ([nn.Conv2d(2, 2, 3), nn.Sigmoid()], ["FusedConv2d", "Sigmoid"]),
         ([nn.ReLU(), nn.Linear(2, 3)], ["ReLU", "FusedLinear"]),
         ([nn.Sequential(nn.Linear(2, 3)), nn.ReLU()], ["FusedLinear"]),
+        ([nn.Conv2d(4, 8, 3), nn.Conv2d(8, 2, 3), nn.ReLU()], ["FusedConvPair"]),
+        ([nn.Conv2d(4, 8, 3), nn.Conv2d(9, 2, 3)], ["FusedConv2d"] * 2),
+        ([nn.Conv2d(5, 8, 3), nn.Conv2d(8, 2, 3)], ["FusedConv2d"] * 2),
+        (
+            [nn.Conv2d(1, 2, 3), nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3)],
+            ["FusedConvPair", "FusedConv2d"],
+        ),
         ([], []),
     ],
 )
@@ -244,12 +268,13 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize(
+    "lacking", [(), ("conv_pair",), ("conv_block", "conv_pair", "linear_block")]
+)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_forward_and_backward_as_unfused(network, supported, calls, monkeypatch):
-    if not supported:
-        monkeypatch.setattr(fused, "conv_block_supported", lambda *_: False)
-        monkeypatch.setattr(fused, "linear_block_supported", lambda *_: False)
+def test_forward_and_backward_as_unfused(network, lacking, calls, monkeypatch):
+    for name in lacking:
+        monkeypatch.setattr(fused, f"{name}_supported", lambda *_: False)
     make, shape = NETWORKS[network]
     model = make()
     together = nn.fuse(model)
@@ -269,7 +294,40 @@ def test_forward_and_backward_as_unfused(network, supported, calls, monkeypatch)
     assert together.backward(dy, input_grad=False, accumulate=True) is None
     for p, grad in zip(model.parameters(), grads):
         np.testing.assert_allclose(p.grad.numpy(), 2 * grad, rtol=1e-5, atol=1e-6)
-    assert bool(calls) == supported
+    assert ("conv_pair_forward" in calls) == (not lacking)
+    assert bool(calls) == (len(lacking) < 3)
+
+
+@pytest.mark.parametrize("lacking", [None, "conv_pair", "gather", "conv_block"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_batch_is_made_by_whoever_can(lacking, dtype, calls, monkeypatch):
+    if lacking:
+        monkeypatch.setattr(fused, f"{lacking}_supported", lambda *_: False)
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (9, 1, 28, 28)).astype(dtype)
+    index = rng.permutation(9)[:5].astype(np.int32)
+    labels = cycnn.Tensor(rng.integers(0, 10, 5), "cpu")
+    batch = fused.Gather(*(cycnn.Tensor(a, "cpu") for a in (images, index)), 1 / 64, -2)
+    made, make = [], fused.Gather.made
+    monkeypatch.setattr(fused.Gather, "made", lambda x: made.append(x) or make(x))
+    model = nn.reference_network()
+    results = []
+    for together in (False, True):
+        objective = nn.Objective(model, nn.NLLLoss(), together)
+        for x in (batch.made(), batch):
+            made.clear()
+            scores, value = objective.forward(x, labels)
+            objective.backward()
+            grads = [p.grad.numpy() for p in model.parameters()]
+            results.append([scores.numpy(), value.numpy(), *grads])
+    # the stand-in of a kernel makes it too, once
+    assert len(made) == 1
+    reads = dtype == np.uint8 and lacking not in ("gather", "conv_block")
+    assert ("gather" in calls) == reads
+    assert ("conv_pair_forward" in calls) == (lacking in (None, "gather"))
+    for other in results[1:]:
+        for one, two in zip(results[0], other):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_backward_needs_a_forward(calls):
@@ -339,5 +397,7 @@ def test_a_recorded_step_adds_the_parts_of_gradients_up(method, calls):
 def test_the_representation_names_the_parts():
     text = repr(nn.fuse(nn.reference_network()))
     assert "Conv2d(1, 32, kernel_size=(5, 5), 832 parameters) + ReLU() + MaxPool2d" in text
-    assert isinstance(nn.fuse(nn.reference_network())[0], FusedConv2d)
-    assert isinstance(nn.fuse(nn.reference_network())[4], FusedLinear)
+    assert [type(layer) for layer in nn.fuse(nn.reference_network())[:4:3]] == [
+        FusedConvPair,
+        FusedLinear,
+    ]

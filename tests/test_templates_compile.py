@@ -29,13 +29,29 @@ TARGETS = [("sm_90", mode) for mode in MODES] + [
 ]
 
 
-def conv_forward(arch, mode, shape):
+def block(shape):
     c, h, w, k, r, pool = shape
-    block = forward.ConvShape(
+    return forward.ConvShape(
         c, h, w, k, r, r, (1, 1), (0, 0), pool or (1, 1), True, True, pool is not None
     )
+
+
+def conv_forward(arch, mode, shape):
     machine = forward.Machine(arch, PROCESSORS)
-    plan = forward.conv_plan(block, BATCH, machine, MODES[mode])
+    plan = forward.conv_plan(block(shape), BATCH, machine, MODES[mode])
+    return plan.library, plan.definitions, plan.specific
+
+
+def conv_pair(arch, mode, shapes, gather=True):
+    first, second = map(block, shapes)
+    machine = forward.Machine(arch, PROCESSORS)
+    plan = forward.pair_plan(first, second, BATCH, machine, MODES[mode], gather)
+    return plan.library, plan.definitions, plan.specific
+
+
+def tail(arch, mode, shape):
+    machine = forward.Machine(arch, PROCESSORS)
+    plan = forward.tail_plan(*shape, True, True, True, machine, MODES[mode])
     return plan.library, plan.definitions, plan.specific
 
 
@@ -83,6 +99,17 @@ KERNELS = {
 }
 
 
+# What not every GPU has, or not in every mode.
+SOME_HAVE = [
+    (conv_pair, (FIRST, SECOND), "sm_90", "tf32"),
+    (conv_pair, (FIRST, SECOND), "sm_90", "bf16"),
+    (conv_pair, (FIRST, SECOND), "sm_80", "bf16"),
+    (tail, (512, 128, 10), "sm_90", "fp32"),
+    (tail, (512, 128, 10), "sm_100", "tf32"),
+    (tail, (512, 128, 10), "sm_90", "bf16"),
+]
+
+
 def compiled(library, options, arch):
     sources = kernel_compile._sources(kernel_compile.source_directory())
     return kernel_compile.compile_source(
@@ -98,6 +125,13 @@ def compiled(library, options, arch):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles(kernel, arch, mode):
     plan, shape = KERNELS[kernel]
+    library, options, specific = plan(arch, mode, shape)
+    image = compiled(library, options, arch + "a" if specific else arch)
+    assert image.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("plan, shape, arch, mode", SOME_HAVE)
+def test_what_some_have_compiles(plan, shape, arch, mode):
     library, options, specific = plan(arch, mode, shape)
     image = compiled(library, options, arch + "a" if specific else arch)
     assert image.startswith(b"\x7fELF")

@@ -168,7 +168,7 @@ class RecordingKernel:
 def launched(monkeypatch):
     """The kernels that fused layers would launch on an H100, from tensors of the CPU."""
     gpu = SimpleNamespace(arch="sm_90", sm_count=132, compute=None, capability=(9, 0))
-    caches = [forward._conv, forward._kernels, forward._machine]
+    caches = [forward._conv, forward._pair, forward._kernels, forward._machine]
     caches += [backward._conv, backward._conv_kernel, backward._linear]
     for module in (forward, backward):
         monkeypatch.setattr(module, "Kernel", RecordingKernel)
@@ -179,8 +179,18 @@ def launched(monkeypatch):
             lambda shape, dtype, device: empty(shape, dtype, "cpu"),
         )
     monkeypatch.setattr(backward, "_reduce", RecordingKernel("update", "", ""))
-    for name in ("conv_block", "linear_block", "head"):
+    for name in ("conv_block", "gather", "linear_block", "head"):
         monkeypatch.setattr(fused, f"{name}_supported", lambda *given: True)
+    machine = fused.machine("sm_90", 132)
+    monkeypatch.setattr(
+        fused,
+        "conv_pair_supported",
+        lambda device, precision, x_shape, first, second, gather: bool(
+            forward.conv_pair_kernels(
+                machine, precision, x_shape, first, second, gather
+            )
+        ),
+    )
     monkeypatch.setattr(cycnn.devices, "_default", cycnn.devices.CPU)
     monkeypatch.setattr(RecordingKernel, "launched", set())
     for cached in caches:
@@ -204,22 +214,26 @@ def vgg_like():
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize(
-    "network, loss, shape",
+    "network, loss, shape, gather",
     [
-        (nn.reference_network, nn.NLLLoss, (128, 1, 28, 28)),
-        (nn.reference_network, nn.NLLLoss, (96, 1, 28, 28)),
-        (vgg_like, nn.CrossEntropyLoss, (8, 3, 14, 14)),
+        (nn.reference_network, nn.NLLLoss, (128, 1, 28, 28), False),
+        (nn.reference_network, nn.NLLLoss, (96, 1, 28, 28), True),
+        (vgg_like, nn.CrossEntropyLoss, (8, 3, 14, 14), False),
+        (vgg_like, nn.CrossEntropyLoss, (8, 3, 14, 14), True),
     ],
 )
 def test_the_listed_kernels_are_those_launched(
-    launched, network, loss, shape, precision
+    launched, network, loss, shape, gather, precision
 ):
     objective = nn.Objective(network(), loss(), fused=True)
-    listed = objective.kernels(shape, fused.machine("sm_90", 132), precision)
+    listed = objective.kernels(shape, fused.machine("sm_90", 132), precision, gather)
     assert not launched
+    x, index = empty(shape, device="cpu"), zeros(shape[0], "int32", "cpu")
+    if gather:
+        x = fused.Gather(empty(shape, "uint8", "cpu"), index, 1.0, 0.0)
     cycnn.set_precision(precision)
     try:
-        objective.forward(empty(shape, device="cpu"), zeros(shape[0], "int32", "cpu"))
+        objective.forward(x, index)
         objective.backward()
     finally:
         cycnn.set_precision("fp32")
@@ -233,18 +247,24 @@ def test_the_reference_network_needs_what_the_plans_say():
         SECOND,
         conv_backward,
         conv_forward,
+        conv_pair,
         head,
         linear_backward,
         linear_forward,
     )
 
     objective = nn.Objective(nn.reference_network(), nn.NLLLoss(), fused=True)
+    convolutions = [FIRST, SECOND, (64, 4, 4, 128, 3, None)]
     for arch, mode in (("sm_90", "bf16"), ("sm_80", "tf32")):
         kernels = objective.kernels((128, 1, 28, 28), fused.machine(arch, 132), mode)
-        convolutions = [FIRST, SECOND, (64, 4, 4, 128, 3, None)]
+        if arch == "sm_90":
+            first = {conv_pair(arch, mode, (FIRST, SECOND), gather=False)}
+        else:
+            first = {conv_forward(arch, mode, shape) for shape in (FIRST, SECOND)}
         last = backward._linear(128, 128, 10, False, mode, 132).kernel
         planned = {
-            *(conv_forward(arch, mode, shape) for shape in convolutions),
+            *first,
+            conv_forward(arch, mode, convolutions[2]),
             *(conv_backward(arch, mode, shape) for shape in convolutions),
             linear_forward(arch, mode, (512, 128)),
             linear_backward(arch, mode, (512, 128)),
@@ -299,12 +319,17 @@ def test_training_prepares_for_every_batch_size(capture, monkeypatch):
     finally:
         cycnn.set_precision("fp32")
     sizes = [(n, *train.images.shape[1:]) for n in (32, 8)]
+
+    def kernels(size, precision):
+        # only a captured step reads its batch out of the data set
+        return set(objective.kernels(size, machine, precision, gather=capture))
+
     expected = [
-        {k for size in sizes for k in objective.kernels(size, machine, precision)}
+        {kernel for size in sizes for kernel in kernels(size, precision)}
         for precision in ("fp32", "tf32", "fp32")
     ]
     assert prepared == expected
-    assert expected[0] > set(objective.kernels(sizes[0], machine, "fp32"))
+    assert expected[0] > kernels(sizes[0], "fp32")
 
 
 # cycnn warm

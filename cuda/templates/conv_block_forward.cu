@@ -43,9 +43,8 @@
 // staged input, which one tile and one chunk must hold, and write it out for the
 // backward. Two layers, one launch. Its output channels are C, its pooled output H x W.
 //
-// SETTLED = 1: the filter was complete before the kernel ahead of this one started, so
-// that under programmatic dependent launch it may be fetched before that one has
-// finished.
+// settled: the filter was complete before the kernel ahead of this one started, so that
+// under programmatic dependent launch it may be fetched before that one has finished.
 //
 // Launch: grid (image groups x row tiles x column tiles, channel tiles), block 32
 // (WARPS_M WARPS_N WARPS_K + STAGERS), dynamic shared memory SHARED_BYTES, any N >= 1.
@@ -480,26 +479,27 @@ constexpr int EAGER = SLOTS_USED * SLOT_BYTES <= EAGER_BYTES ? SLOTS_USED
 
 // Clears the border, waits for earlier kernels and fetches the first slots; returns how
 // many.
-__device__ __forceinline__ int begin(const u8* filter, u32 shared, int thread) {
+__device__ __forceinline__ int begin(const u8* filter, bool settled, u32 shared,
+                                     int thread) {
   if (BORDER) {
     for (int b = thread * 16; b < X_BUFFERS * X_BYTES; b += STAGING * 16)
       store_shared4(shared + SLOTS * SLOT_BYTES + b, make_uint4(0, 0, 0, 0));
     sync_threads(1, STAGING);
   }
-  if (!SETTLED) wait_for_earlier_kernels();
+  if (!settled) wait_for_earlier_kernels();
   int fetched = 0;
 #pragma unroll 1
   for (; fetched < EAGER && fetched < SLOTS; ++fetched)
     fetch_filter(fetched, filter, shared, thread);
-  if (SETTLED) wait_for_earlier_kernels();
+  if (settled) wait_for_earlier_kernels();
   let_next_kernel_start();
   return fetched;
 }
 
-__device__ __forceinline__ void stage(const float* x, const u8* filter, u32 shared,
-                                      const InputUnits& units, int thread) {
+__device__ __forceinline__ void stage(const float* x, const u8* filter, bool settled,
+                                      u32 shared, const InputUnits& units, int thread) {
   const u32 input = shared + SLOTS * SLOT_BYTES;
-  int fetched = begin(filter, shared, thread);
+  int fetched = begin(filter, settled, shared, thread);
 #pragma unroll 1
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     const int b = chunk % 2;
@@ -564,7 +564,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
     const float* bias,  // [K]
     float* y,           // [N][K][PP][QQ]
     u8* code,           // the same, if HAS_CODE
-    int N) {
+    int N, int settled) {
   extern __shared__ __align__(128) u8 memory[];
   const u32 shared = shared_address(memory);
   const int tile = blockIdx.x, k0 = blockIdx.y * TK;
@@ -598,7 +598,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
   }
   Sums sums;
 #if FIRST
-  int fetched = thread >= 0 ? begin(filter, shared, thread) : 0;
+  int fetched = thread >= 0 ? begin(filter, settled, shared, thread) : 0;
   u32* first = (u32*)(memory + FIRST_AT);
   float b[First::m_tiles][2];
   First::load_bias(b, first_bias, 0);
@@ -644,7 +644,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
   if (thread >= 0) {
     const InputUnits units = input_units(present, tile_row * TP * STRIDE_H - PAD_H,
                                          tile_column * TQ * STRIDE_W - PAD_W, thread);
-    stage(x + (long long)n0 * (C * H * W), filter, shared, units, thread);
+    stage(x + (long long)n0 * (C * H * W), filter, settled, shared, units, thread);
   } else {
     multiply_all(sums, shared);
   }

@@ -256,6 +256,7 @@ struct PixelOfBytes {
   const u8* image;
   float scale, shift;
   __device__ __forceinline__ float operator()(int i) const {
-    return image[i] * scale + shift;
+    // rounded twice, as gather_images does: a fused multiply-add would differ
+    return __fadd_rn(__fmul_rn(image[i], scale), shift);
   }
 };

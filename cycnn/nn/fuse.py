@@ -14,6 +14,7 @@ import math
 from .. import shapes
 from ..errors import ShapeError
 from ..ops import for_device, fused
+from ..ops.fused import ConvBlock, Gather
 from ..precision import get_precision
 from ..tensor import empty
 from .activation import LogSoftmax, ReLU, Sigmoid
@@ -39,8 +40,8 @@ def fuse(model) -> Layer:
     Layer
         For a Sequential, its layers with these runs replaced: Conv2d (of one group,
         without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
-        padding), the last two if they are there; Linear and ReLU. Any other model
-        comes back unchanged.
+        padding), the last two if they are there; two of these, the first of few input
+        channels; Linear and ReLU. Any other model comes back unchanged.
 
     Notes
     -----
@@ -55,9 +56,11 @@ def fuse(model) -> Layer:
         run = _conv_run(layers) or _linear_run(layers)
         if run is None:
             result.append(layers.pop(0))
-        else:
-            result.append(run)
-            del layers[: len(run.parts)]
+            continue
+        del layers[: len(run.parts)]
+        if result and _is_pair(result[-1], run):
+            run = FusedConvPair(result.pop(), run)
+        result.append(run)
     return FusedSequential(model, result)
 
 
@@ -89,6 +92,13 @@ def _conv_run(layers):
     return FusedConv2d(parts)
 
 
+def _is_pair(first, second) -> bool:
+    if not type(first) is type(second) is FusedConv2d:
+        return False
+    first, second = first.parts[0].weight.shape, second.parts[0].weight.shape
+    return first[1] <= fused.FEW_CHANNELS and first[0] == second[1]
+
+
 def _linear_run(layers):
     if type(layers[0]) is not Linear:
         return None
@@ -112,6 +122,16 @@ class FusedSequential(Sequential):
     def _walk(self, prefix=""):
         return self._original._walk(prefix)
 
+    def forward(self, x):
+        """As of a Sequential, which also takes a :class:`~cycnn.ops.fused.Gather`."""
+        if not isinstance(x, Gather):
+            return super().forward(x)
+        if not self._layers or not isinstance(self._layers[0], _Run):
+            x = x.made()
+        for layer in self._layers:
+            x = layer.forward(x)
+        return x
+
 
 class _Run(Layer):
     """Layers in a row that a fused kernel may stand for.
@@ -133,7 +153,10 @@ class _Run(Layer):
 
     def forward(self, x):
         parameters = self.parts[0].weight.data, self.parts[0].bias
-        x = as_input(self.parts[0], x, parameters[0].device)
+        if isinstance(x, Gather) and not self._gathers(x):
+            x = x.made()
+        if not isinstance(x, Gather):
+            x = as_input(self.parts[0], x, parameters[0].device)
         if not self._is_fused(x):
             for part in self.parts:
                 x = part.forward(x)
@@ -163,7 +186,11 @@ class _Run(Layer):
                 for_device(target.device).add(target, more, target)
         return dx
 
-    def kernels(self, x_shape, input_grad, machine, precision) -> list:
+    def _gathers(self, batch) -> bool:
+        """Whether the kernel can make its input, a :class:`Gather`."""
+        return False
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False) -> list:
         """The kernels that stand for the layers, forward and backward.
 
         Parameters
@@ -175,6 +202,8 @@ class _Run(Layer):
         machine
             What :func:`cycnn.ops.fused.machine` returns.
         precision : {"fp32", "tf32", "bf16"}
+        gather : bool
+            Whether the input is a :class:`Gather`.
 
         Returns
         -------
@@ -209,11 +238,38 @@ class FusedConv2d(_Run):
         conv = self.parts[0]
         shape = conv.weight.shape
         # what does not fit is refused by the layer itself, in its own words
-        return x.ndim == 4 and x.shape[1] == shape[1] and fused.conv_block_supported(
-            x.device, x.shape, shape, self._pool, conv.stride, conv.padding
+        return (
+            len(x.shape) == 4
+            and x.shape[1] == shape[1]
+            and fused.conv_block_supported(
+                x.device, x.shape, shape, self._pool, conv.stride, conv.padding
+            )
         )
 
-    def kernels(self, x_shape, input_grad, machine, precision):
+    def _gathers(self, batch):
+        conv = self.parts[0]
+        return (
+            batch.images.dtype == "uint8"
+            and self._is_fused(batch)
+            and fused.gather_supported(
+                batch.device,
+                batch.shape,
+                conv.weight.shape,
+                self._pool,
+                conv.stride,
+                conv.padding,
+            )
+        )
+
+    def block(self) -> ConvBlock:
+        """What the operations are given, but for the input."""
+        conv = self.parts[0]
+        bias = None if conv.bias is None else conv.bias.data
+        return ConvBlock(
+            conv.weight.data, bias, self._relu, self._pool, conv.stride, conv.padding
+        )
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False):
         conv = self.parts[0]
         return fused.conv_block_kernels(
             machine,
@@ -226,14 +282,16 @@ class FusedConv2d(_Run):
             conv.stride,
             conv.padding,
             input_grad,
+            gather,
         )
 
     def _fused_forward(self, x, weight, bias):
         conv = self.parts[0]
+        x, batch = _with_batch(x)
         y, code = fused.conv_block_forward(
             x, weight, bias, self._relu, self._pool, conv.stride, conv.padding
         )
-        self._saved = x, y, code
+        self._saved = batch, y, code
         return y
 
     def _fused_backward(self, dy, dweight, dbias, input_grad):
@@ -274,6 +332,86 @@ class FusedConv2d(_Run):
         )
 
 
+def _with_batch(x):
+    """The input of a kernel, and the batch in memory, which it then writes."""
+    if not isinstance(x, Gather):
+        return x, x
+    batch = empty(x.shape, device=x.device)
+    return x._replace(x=batch), batch
+
+
+class FusedConvPair(_Run):
+    """Two FusedConv2d, the first of few input channels, with one kernel forward.
+
+    Where there is no such kernel each runs for itself.
+    """
+
+    def __init__(self, first, second):
+        super().__init__([*first.parts, *second.parts])
+        self._runs = first, second
+
+    @property
+    def partials(self):
+        return self._runs[0].partials
+
+    @partials.setter
+    def partials(self, partials):
+        for run in self._runs:
+            run.partials = partials
+
+    def _is_fused(self, x):
+        first, second = self._runs
+        return first._is_fused(x) and fused.conv_pair_supported(
+            x.device,
+            get_precision(),
+            x.shape,
+            first.block().geometry,
+            second.block().geometry,
+            isinstance(x, Gather),
+        )
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False):
+        first, second = self._runs
+        made = fused.conv_pair_kernels(
+            machine,
+            precision,
+            x_shape,
+            first.block().geometry,
+            second.block().geometry,
+            input_grad,
+            gather,
+        )
+        if made:
+            return made
+        y_shape = _output_shape(first, x_shape)
+        return [
+            *first.kernels(x_shape, input_grad, machine, precision, gather),
+            *second.kernels(y_shape, True, machine, precision),
+        ]
+
+    def forward(self, x):
+        first, second = self._runs
+        if isinstance(x, Gather) and not first._gathers(x):
+            x = x.made()
+        if not isinstance(x, Gather):
+            x = as_input(first.parts[0], x, first.parts[0].weight.data.device)
+        if not self._is_fused(x):
+            return second.forward(first.forward(x))
+        x, batch = _with_batch(x)
+        y1, code1, y2, code2 = fused.conv_pair_forward(x, first.block(), second.block())
+        first._saved, second._saved = (batch, y1, code1), (y1, y2, code2)
+        return y2
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        first, second = self._runs
+        dy = second.backward(dy, True, accumulate)
+        return first.backward(dy, input_grad, accumulate)
+
+    def _forget(self):
+        for run in self._runs:
+            run._forget()
+
+
 class FusedLinear(_Run):
     """y = relu(x W^T + b) in one kernel; ReLU may be missing."""
 
@@ -281,7 +419,7 @@ class FusedLinear(_Run):
         # what does not fit is refused by the layer itself, in its own words
         return x.ndim == 2 and fused.linear_block_supported(x.device)
 
-    def kernels(self, x_shape, input_grad, machine, precision):
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False):
         linear = self.parts[0]
         return fused.linear_block_kernels(
             machine,
@@ -362,7 +500,16 @@ class Objective:
         self._saved = None
 
     def forward(self, x, labels):
-        """The model's output and the loss: (N, F) and (), on the device."""
+        """The model's output and the loss: (N, F) and (), on the device.
+
+        Parameters
+        ----------
+        x : Tensor (N, ...) or Gather
+            A :class:`~cycnn.ops.fused.Gather` is made where the first layer cannot.
+        labels : int32 Tensor (N,)
+        """
+        if isinstance(x, Gather) and not isinstance(self.model, FusedSequential):
+            x = x.made()
         linear = self._linear
         features = self._body(x)
         if linear is None or not (
@@ -400,7 +547,7 @@ class Objective:
             for run in runs:
                 run.partials = None
 
-    def kernels(self, x_shape, machine=None, precision=None) -> list:
+    def kernels(self, x_shape, machine=None, precision=None, gather=False) -> list:
         """The kernels that the fused layers run in a step, found without running any.
 
         Parameters
@@ -411,6 +558,8 @@ class Objective:
             A GPU, from :func:`cycnn.ops.fused.machine`. Default: the model's.
         precision : {"fp32", "tf32", "bf16"}, optional
             Default: what is set.
+        gather : bool
+            Whether the batch comes as a :class:`~cycnn.ops.fused.Gather` of bytes.
 
         Returns
         -------
@@ -442,7 +591,9 @@ class Objective:
                 )
             if isinstance(layer, _Run) and not made:
                 input_grad = i > self.model._first
-                made = layer.kernels(x_shape, input_grad, machine, precision)
+                made = layer.kernels(
+                    x_shape, input_grad, machine, precision, gather and i == 0
+                )
             found += made
             x_shape = y_shape
             if x_shape is None:

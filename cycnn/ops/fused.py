@@ -3,6 +3,7 @@
 Each computes what a run of the operations of :mod:`cycnn.ops.reference` does:
 
     conv_block      conv2d, relu (if ``relu``), maxpool2d (if ``pool``)
+    conv_pair       two of these, one behind the other
     linear_block    linear, relu (if ``relu``)
     head            linear, log_softmax, nll_loss
 
@@ -14,8 +15,57 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
+
+from . import for_device
 
 _log = logging.getLogger("cycnn")
+
+FEW_CHANNELS = 4  # of an input: as many as the kernels of first convolutions take
+
+
+class Gather(NamedTuple):
+    """A batch that is made where it is read: images[index] * scale + shift."""
+
+    images: object  # Tensor (M, C, H, W); kernels want uint8
+    index: object  # int32 Tensor (N,), its numbers below M
+    scale: float
+    shift: float
+    x: object = None  # float32 Tensor (N, C, H, W) to write the batch to as well
+
+    @property
+    def device(self):
+        return self.images.device
+
+    @property
+    def shape(self) -> tuple:
+        return (*self.index.shape, *self.images.shape[1:])
+
+    @property
+    def arguments(self) -> tuple:
+        return self.images, self.index, self.scale, self.shift, self.x
+
+    def made(self):
+        """The batch in memory, for who cannot make it."""
+        gather = for_device(self.device).gather_images
+        return gather(self.images, self.index, self.scale, self.shift)
+
+
+class ConvBlock(NamedTuple):
+    """The arguments of one of the convolutions of :func:`conv_pair_forward`."""
+
+    weight: object
+    bias: object
+    relu: bool
+    pool: tuple | None
+    stride: tuple = (1, 1)
+    padding: tuple = (0, 0)
+
+    @property
+    def geometry(self) -> tuple:
+        """The same with shapes for weight and bias (None if there is none)."""
+        bias = None if self.bias is None else self.bias.shape
+        return self.weight.shape, bias, *self[2:]
 
 
 @functools.lru_cache(maxsize=None)
@@ -47,6 +97,25 @@ def conv_block_supported(device, x_shape, w_shape, pool, stride, padding) -> boo
 
 
 @functools.lru_cache(maxsize=512)
+def gather_supported(device, x_shape, w_shape, pool, stride, padding) -> bool:
+    """Whether a convolution block that is supported takes a :class:`Gather`."""
+    given = x_shape, w_shape, pool, stride, padding, device.index
+    return _modules()[0].gather_supported(*given)
+
+
+@functools.lru_cache(maxsize=512)
+def conv_pair_supported(device, precision, x_shape, first, second, gather) -> bool:
+    """Whether the device has a kernel for two convolution blocks, and for their backward.
+
+    ``first`` and ``second`` are the ``geometry`` of a :class:`ConvBlock`.
+    """
+    if not device.is_cuda or _modules() is None:
+        return False
+    given = machine_of(device), precision, x_shape, first, second, False, gather
+    return bool(conv_pair_kernels(*given))
+
+
+@functools.lru_cache(maxsize=512)
 def linear_block_supported(device) -> bool:
     """Whether the device has both kernels of a linear layer."""
     if not device.is_cuda or _modules() is None:
@@ -64,8 +133,10 @@ def head_supported(device, inputs, classes) -> bool:
     return _modules()[0].head_supported(inputs, classes, device.index)
 
 
-def conv_block_forward(x, weight, bias, relu, pool, stride, padding):
-    return _modules()[0].conv_block_forward(x, weight, bias, relu, pool, stride, padding)
+def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None):
+    return _modules()[0].conv_block_forward(
+        x, weight, bias, relu, pool, stride, padding, packed
+    )
 
 
 def conv_block_backward(
@@ -82,6 +153,10 @@ def conv_block_backward_partials(
     return _modules()[1].conv_block_backward_partials(
         dy, y, code, x, weight, relu, pool, stride, padding, need_dx
     )
+
+
+def conv_pair_forward(x, first, second, packed=None):
+    return _modules()[0].conv_pair_forward(x, first, second, packed)
 
 
 def linear_block_forward(x, weight, bias, relu):
@@ -152,6 +227,7 @@ def conv_block_kernels(
     stride,
     padding,
     need_dx,
+    gather,
 ) -> list:
     """Kernels of a convolution block, forward and backward.
 
@@ -163,6 +239,8 @@ def conv_block_kernels(
     bias : bool
     relu, pool, stride, padding, need_dx
         Of the layer.
+    gather : bool
+        Whether x is a :class:`Gather`, if the kernel takes one.
 
     Returns
     -------
@@ -172,12 +250,34 @@ def conv_block_kernels(
     forward, backward = _modules()
     given = relu, pool, stride, padding
     there = forward.conv_block_kernels(
-        machine, precision, x_shape, w_shape, bias, *given
+        machine, precision, x_shape, w_shape, bias, *given, gather
     )
     back = backward.conv_block_kernels(
         machine, precision, x_shape, w_shape, *given, need_dx
     )
     return there + back if there and back else []
+
+
+def conv_pair_kernels(
+    machine, precision, x_shape, first, second, need_dx, gather
+) -> list:
+    """Kernels of two convolution blocks in one; see :func:`conv_block_kernels`.
+
+    ``first`` and ``second`` are the ``geometry`` of a :class:`ConvBlock`.
+    """
+    forward, backward = _modules()
+    there = forward.conv_pair_kernels(
+        machine, precision, x_shape, first, second, gather
+    )
+    if not there:
+        return []
+    y_shape = forward.conv_output_shape(x_shape, first)
+    given = machine, precision
+    back = [
+        backward.conv_block_kernels(*given, x_shape, first[0], *first[2:], need_dx),
+        backward.conv_block_kernels(*given, y_shape, second[0], *second[2:], True),
+    ]
+    return there + back[0] + back[1] if all(back) else []
 
 
 def linear_block_kernels(machine, precision, n, inputs, outputs, bias, relu) -> list:

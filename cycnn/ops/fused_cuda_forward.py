@@ -18,6 +18,7 @@ from ..gpu.launch import Kernel
 from ..precision import get_precision
 from ..shapes import ceil_div
 from ..tensor import empty_on_gpu
+from .fused import FEW_CHANNELS, Gather
 
 _FLOAT32, _UINT8 = np.dtype("float32"), np.dtype("uint8")
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
@@ -362,7 +363,7 @@ def _completed(shape, machine, mode, images, tile_p, tile_q, tk, cq, extra=0):
                     break
 
 
-def block_plan(shape, tile, mode, settled=False):
+def block_plan(shape, tile, mode):
     """The plan for a layer and a tile."""
     quad = 8 if mode == 2 else 4
     p, q = shape.pooled
@@ -374,7 +375,6 @@ def block_plan(shape, tile, mode, settled=False):
         (
             *_shape_options(shape),
             ("MODE", mode),
-            ("SETTLED", settled),
             ("FIRST", 0),
             *zip(Tile._fields, tile),
         ),
@@ -395,7 +395,7 @@ def block_plan(shape, tile, mode, settled=False):
 def few_plan(shape, n, machine, mode, gather=False):
     """The plan of ``conv_few_forward.cu``, or None if the layer is not for it."""
     positions = shape.pool[0] * shape.pool[1]
-    if shape.C > 4 or positions > _MAX_POSITIONS:
+    if shape.C > FEW_CHANNELS or positions > _MAX_POSITIONS:
         return None
     p, q = shape.pooled
     parts = 2 if mode == 0 else 1
@@ -446,7 +446,7 @@ def few_plan(shape, n, machine, mode, gather=False):
 
 
 @lru_cache(None)
-def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
+def pair_plan(first, second, n, machine, mode, gather=False):
     """The plan for a first convolution and the one behind it, or None.
 
     A block makes all of the first one's output for an image and multiplies it at once,
@@ -455,7 +455,7 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
     quad = 8 if mode == 2 else 4
     positions = first.pool[0] * first.pool[1]
     m_tiles = ceil_div(first.K, 16)
-    if mode == 0 or machine.capability < (8, 0) or first.C > 4:
+    if mode == 0 or machine.capability < (8, 0) or first.C > FEW_CHANNELS:
         return None
     if min(*first.pooled, *second.pooled) < 1 or (first.K, *first.pooled) != second[:3]:
         return None
@@ -499,7 +499,7 @@ def pair_plan(first, second, n, machine, mode, gather=False, settled=False):
     if best is None:
         return None
     tile = best[1]._replace(SHARED_BYTES=best[1].SHARED_BYTES + extra)
-    plan = block_plan(second, tile, mode, settled)
+    plan = block_plan(second, tile, mode)
     names = "CHWKRS"
     options = {
         **dict(plan.options),
@@ -529,10 +529,9 @@ def _best_tile(shape, n, machine, mode):
 
 
 @lru_cache(None)
-def conv_plan(shape, n, machine, mode, settled=False, gather=False):
+def conv_plan(shape, n, machine, mode, gather=False):
     """The plan for a layer and a batch of up to ``n``; None where there is none.
 
-    ``settled``: its packed filter was complete before the kernel ahead of it started.
     ``gather``: its input is a :class:`Gather`, for which there are only first layers.
     """
     if min(shape.pooled) < 1 or machine.capability < (8, 0):
@@ -542,7 +541,7 @@ def conv_plan(shape, n, machine, mode, settled=False, gather=False):
         return plan
     # one tile for all layers of this shape, so that they share a packed filter
     tile = _best_tile(shape._replace(relu=True, bias=True, code=True), n, machine, mode)
-    return None if tile is None else block_plan(shape, tile, mode, settled)
+    return None if tile is None else block_plan(shape, tile, mode)
 
 
 # Linear layers
@@ -683,26 +682,29 @@ def _conv_shape(x_shape, w_shape, bias_shape, relu, pool, stride, padding):
     return shape, y_shape
 
 
+def conv_output_shape(x_shape, block) -> tuple:
+    """Shape of the y of a convolution block, given its ``ConvBlock.geometry``."""
+    return _conv_shape(x_shape, *block)[1]
+
+
 @lru_cache(512)
-def _conv(x_shape, block, index, precision, settled=False, gather=False):
+def _conv(x_shape, block, index, precision, gather=False):
     """(shape of y, kernels or None) of a convolution block.
 
     ``block``: shape of the weight, of the bias or None, relu, pool, stride, padding.
     """
-    return _conv_on(_machine(index), x_shape, block, precision, settled, gather)
+    return _conv_on(_machine(index), x_shape, block, precision, gather)
 
 
-def _conv_on(machine, x_shape, block, precision, settled=False, gather=False):
+def _conv_on(machine, x_shape, block, precision, gather=False):
     shape, y_shape = _conv_shape(x_shape, *block)
-    plan = conv_plan(
-        shape, _batch(x_shape[0]), machine, _MODES[precision], settled, gather
-    )
+    plan = conv_plan(shape, _batch(x_shape[0]), machine, _MODES[precision], gather)
     if plan is None:
         return y_shape, None
     if plan.library == "conv_few_forward":
         signature = ("PPffP" if gather else "P") + "PPPP"
     else:
-        signature = "PPPPPi"
+        signature = "PPPPPii"
     return y_shape, _kernels(plan, plan.library, signature)
 
 
@@ -717,8 +719,14 @@ def conv_block_supported(x_shape, w_shape, pool, stride, padding, index) -> bool
     return all(_conv(x_shape, block, index, mode)[1] for mode in _MODES)
 
 
+def gather_supported(x_shape, w_shape, pool, stride, padding, index) -> bool:
+    """The same where x is a :class:`Gather`: for few channels."""
+    block = w_shape, None, True, pool, stride, padding
+    return all(_conv(x_shape, block, index, mode, True)[1] for mode in _MODES)
+
+
 def conv_block_kernels(
-    machine, precision, x_shape, w_shape, bias, relu, pool, stride, padding
+    machine, precision, x_shape, w_shape, bias, relu, pool, stride, padding, gather
 ) -> list:
     """The kernels of :func:`conv_block_forward`, none where it is not supported.
 
@@ -730,6 +738,8 @@ def conv_block_kernels(
     bias : bool
     relu, pool, stride, padding
         As there.
+    gather : bool
+        Whether x is a :class:`Gather`, if the kernel takes one.
 
     Returns
     -------
@@ -739,7 +749,10 @@ def conv_block_kernels(
     if not all(_conv_on(machine, x_shape, block, mode)[1] for mode in _MODES):
         return []
     block = w_shape, w_shape[:1] if bias else None, relu, pool, stride, padding
-    made = _conv_on(machine, x_shape, block, precision)[1]
+    made = None
+    if gather:
+        made = _conv_on(machine, x_shape, block, precision, True)[1]
+    made = made or _conv_on(machine, x_shape, block, precision)[1]
     return [made.run] if made.pack is None else [made.pack, made.run]
 
 
@@ -776,7 +789,7 @@ def pack_filter(weight, x_shape, pool, stride=(1, 1), padding=(0, 0)):
         None where the kernel takes the filter as it is.
     """
     block = weight.shape, None, True, pool, stride, padding
-    _, kernels = _conv(x_shape, block, weight.device.index, get_precision(), True)
+    _, kernels = _conv(x_shape, block, weight.device.index, get_precision())
     if kernels is None:
         raise _unsupported("a convolution of", x_shape, weight.shape)
     return None if kernels.pack is None else _pack(kernels, weight)
@@ -789,7 +802,7 @@ def conv_block_forward(
 
     Parameters
     ----------
-    x : Tensor (N, C, H, W), or Gather where C is at most 4
+    x : Tensor (N, C, H, W), or Gather where C is at most FEW_CHANNELS
     weight : Tensor (K, C, R, S)
     bias : Tensor (K,) or None
     relu : bool
@@ -819,9 +832,7 @@ def conv_block_forward(
     gather = isinstance(x, Gather)
     bias_shape = None if bias is None else bias.shape
     block = weight.shape, bias_shape, relu, pool, stride, padding
-    y_shape, kernels = _conv(
-        x.shape, block, device.index, get_precision(), packed is not None, gather
-    )
+    y_shape, kernels = _conv(x.shape, block, device.index, get_precision(), gather)
     if kernels is None:
         raise _unsupported("a convolution of", x.shape, weight.shape)
     y = empty_on_gpu(y_shape, _FLOAT32, device)
@@ -831,8 +842,9 @@ def conv_block_forward(
         plan = kernels.plan
         arguments = *(x.arguments if gather else (x,)), weight, bias, y, code
         if kernels.pack is not None:
-            packed = _pack(kernels, weight) if packed is None else packed
-            arguments = x, packed, bias, y, code, n
+            settled = packed is not None
+            packed = packed if settled else _pack(kernels, weight)
+            arguments = x, packed, bias, y, code, n, settled
         kernels.run(
             _get(device.index).compute,
             plan.grid(n),
@@ -844,86 +856,42 @@ def conv_block_forward(
     return y, code
 
 
-class Gather(NamedTuple):
-    """A batch that is made where it is read: images[index] * scale + shift."""
-
-    images: object  # uint8 Tensor (M, C, H, W)
-    index: object  # int32 Tensor (N,), its numbers below M
-    scale: float
-    shift: float
-    x: object  # float32 Tensor (N, C, H, W) that the batch is written to, or None
-
-    @property
-    def shape(self) -> tuple:
-        return (*self.index.shape, *self.images.shape[1:])
-
-    @property
-    def arguments(self) -> tuple:
-        return self.images, self.index, self.scale, self.shift, self.x
-
-
 @lru_cache(512)
-def _pair(x_shape, first, second, index, precision, gather, settled):
+def _pair(x_shape, first, second, index, precision, gather):
     """(shape of y1, of y2, kernels or None); first and second as in _conv."""
+    return _pair_on(_machine(index), x_shape, first, second, precision, gather)
+
+
+def _pair_on(machine, x_shape, first, second, precision, gather):
     one, y1_shape = _conv_shape(x_shape, *first)
     two, y2_shape = _conv_shape(y1_shape, *second)
-    plan = pair_plan(
-        one,
-        two,
-        _batch(x_shape[0]),
-        _machine(index),
-        _MODES[precision],
-        gather,
-        settled,
-    )
+    plan = pair_plan(one, two, _batch(x_shape[0]), machine, _MODES[precision], gather)
     if plan is None:
         return y1_shape, y2_shape, None
-    signature = ("PPffP" if gather else "P") + "PPPP" + "PPPPi"
+    signature = ("PPffP" if gather else "P") + "PPPP" + "PPPPii"
     return y1_shape, y2_shape, _kernels(plan, plan.library, signature)
-
-
-class ConvBlock(NamedTuple):
-    """The arguments of one of the convolutions of :func:`conv_pair_forward`."""
-
-    weight: object
-    bias: object
-    relu: bool
-    pool: tuple | None
-    stride: tuple = (1, 1)
-    padding: tuple = (0, 0)
-
-    @property
-    def geometry(self) -> tuple:
-        bias = None if self.bias is None else self.bias.shape
-        return self.weight.shape, bias, *self[2:]
 
 
 def conv_pair_supported(x_shape, first, second, index, gather=False) -> bool:
     """Whether :func:`conv_pair_forward` has a kernel, in the precision that is set."""
-    return bool(
-        _pair(
-            x_shape,
-            first.geometry,
-            second.geometry,
-            index,
-            get_precision(),
-            gather,
-            False,
-        )[2]
-    )
+    given = x_shape, first.geometry, second.geometry, index, get_precision(), gather
+    return bool(_pair(*given)[2])
+
+
+def conv_pair_kernels(machine, precision, x_shape, first, second, gather) -> list:
+    """The kernels of :func:`conv_pair_forward`; see :func:`conv_block_kernels`.
+
+    ``first`` and ``second`` are the ``geometry`` of a :class:`ConvBlock`.
+    """
+    made = _pair_on(machine, x_shape, first, second, precision, gather)[2]
+    return [] if made is None else [made.pack, made.run]
 
 
 def pack_pair_filter(x_shape, first, second, gather=False):
     """The packed filter of ``second``, as :func:`pack_filter`."""
-    *_, kernels = _pair(
-        x_shape,
-        first.geometry,
-        second.geometry,
-        second.weight.device.index,
-        get_precision(),
-        gather,
-        True,
-    )
+    index = second.weight.device.index
+    given = x_shape, first.geometry, second.geometry, index, get_precision(), gather
+    kernels = _pair(*given)[2]
     if kernels is None:
         raise _unsupported("convolutions of", x_shape, first.geometry, second.geometry)
     return _pack(kernels, second.weight)
@@ -961,7 +929,6 @@ def conv_pair_forward(x, first, second, packed=None):
         device.index,
         get_precision(),
         gather,
-        packed is not None,
     )
     if kernels is None:
         raise _unsupported("convolutions of", x.shape, first.geometry, second.geometry)
@@ -973,7 +940,8 @@ def conv_pair_forward(x, first, second, packed=None):
     n = x.shape[0]
     if n:
         plan = kernels.plan
-        packed = _pack(kernels, second.weight) if packed is None else packed
+        settled = packed is not None
+        packed = packed if settled else _pack(kernels, second.weight)
         kernels.run(
             _get(device.index).compute,
             plan.grid(n),
@@ -988,6 +956,7 @@ def conv_pair_forward(x, first, second, packed=None):
             y2,
             code2,
             n,
+            settled,
             shared=plan.shared,
             dependent=True,
         )

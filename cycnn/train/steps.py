@@ -34,6 +34,8 @@ class Steps:
             self.fused = loader.device.is_cuda
         self.objective = Objective(trainer.model, trainer.loss, self.fused)
         self.prepared_for = None
+        # whether the first layer is left to read its batch out of the data set
+        self.gather = False
 
     def begin_epoch(self, tally, epoch, first, total) -> None:
         """Get ready for the steps from ``first`` on.
@@ -69,7 +71,8 @@ class Steps:
         images, size = loader.dataset.images.shape, loader.batch_size
         kernels = []
         for count in {min(size, images[0]), images[0] % size} - {0}:
-            kernels += self.objective.kernels((count, *images[1:]))
+            shape = count, *images[1:]
+            kernels += self.objective.kernels(shape, gather=self.gather)
         if kernels:
             fused.prepare(kernels, loader.device)
 
@@ -133,6 +136,7 @@ class CapturedSteps(Steps):
         super().__init__(trainer, loader)
         device = loader.device
         self.ops = for_device(device)
+        self.gather = loader.dataset.images.dtype == np.uint8
         self.index = empty(loader.batch_size, "int32", device)
         # images taken from the order so far, and steps of the run
         self.position = empty(2, "int32", device)
@@ -198,7 +202,7 @@ class CapturedSteps(Steps):
             self.rates,
             self.trainer.optimizer.lr_tensor,
         )
-        images = ops.gather_images(held.images, index, dataset.scale, dataset.shift)
+        images = fused.Gather(held.images, index, dataset.scale, dataset.shift)
         labels = ops.gather_labels(held.labels, index)
         self._train(images, labels, update, recording)
 
