@@ -137,36 +137,83 @@ extern "C" __global__ void argmax(int* __restrict__ out,        // (N,)
   if (WarpGroup::rank() == 0) out[n] = best;
 }
 
-// total += rows whose first maximum stands at their label. Integer sums do not depend
-// on their order, so an atomic keeps the result reproducible.
-extern "C" __global__ void count_correct(int* __restrict__ total,          // ()
-                                         const float* __restrict__ scores, // (N, F)
-                                         const int* __restrict__ labels,   // (N,)
-                                         int N, int F) {
-  const int64 n = WarpGroup::row();
-  if (n >= N) return;
-  const int best = warp_argmax(scores + n * F, F);
-  if (WarpGroup::rank() == 0 && best == labels[n]) atomicAdd(total, 1);
+// ------------------------------------------------------------------ steps
+// What a step adds to the figures of its epoch, and what a recorded step counts for
+// itself, since no host tells it which one it is.
+
+// By warps, of which this is one: hits += rows whose first maximum stands at their
+// label, loss_sum += mean of the losses. The order of the latter sum depends on their
+// number only; integers may be added in any order, so an atomic keeps the result
+// reproducible.
+DEVICE void add_batch(float* loss_sum, int* hits, const float* losses,
+                      const float* scores, const int* labels, int count, int N, int F,
+                      int64 warp, int64 warps) {
+  const int lane = WarpGroup::rank();
+  int found = 0;
+#pragma unroll 4
+  for (int64 n = warp; n < N; n += warps)
+    found += warp_argmax(scores + n * F, F) == labels[n];
+  if (lane == 0 && found) atomicAdd(hits, found);
+  if (warp != warps - 1) return;
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = lane; i < count; i += WARP) sum += losses[i];
+  sum = warp_reduce<Sum>(sum);
+  if (lane == 0) *loss_sum += sum / (float)count;
 }
 
-// ------------------------------------------------------------------ step
-// The beginning of a recorded training step, which counts for itself what no host tells
-// it: index = the next entries of the order, lr = the next of the rates.
-// Launch: one block.
+// Launch: any one-dimensional grid of full warps.
+extern "C" __global__ void tally(float* loss_sum,      // ()
+                                 int* hits,            // ()
+                                 const float* losses,  // (count,), the loss or terms
+                                 const float* scores,  // (N, F)
+                                 const int* labels,    // (N,)
+                                 int count, int N, int F) {
+  add_batch(loss_sum, hits, losses, scores, labels, count, N, F, WarpGroup::row(),
+            grid_threads() / WARP);
+}
 
-extern "C" __global__ void begin_step(int* index,          // (N,)
-                                      const int* order,    // (count,)
-                                      int* position,       // images taken, steps done
-                                      const float* rates,  // (steps,) or null
-                                      float* lr,           // ()
-                                      int N, int count, int steps) {
+// The tally of a step, unless losses is null, then what the next one reads: index = the
+// next entries of the order, labels = those of these images, lr = the next of the rates.
+//
+// Half of the warps do the one, half the other: each is a chain of loads, and takes as
+// long as both together. May be launched as dependent behind a kernel that reads lr.
+// Launch: one block of END_STEP threads.
+constexpr int END_STEP = 1024, HALF = END_STEP / 2;
+
+extern "C" __global__ __launch_bounds__(END_STEP) void
+    end_step(float* loss_sum, int* hits, const float* losses, const float* scores,
+             const int* labels, int count, int N, int F,  // as of tally
+             const int* order,    // (images,)
+             int* position,       // images taken, steps begun
+             const int* classes,  // (images,), labels of the data set
+             int* index,          // (size,)
+             int* next_labels,    // (size,); labels may lie there
+             const float* rates,  // (steps,) or null
+             float* lr,           // ()
+             int size, int images, int steps) {
   const int taken = position[0], step = position[1];
-  for (int n = threadIdx.x; n < N; n += blockDim.x)
-    index[n] = taken + n < count ? order[taken + n] : -1;
-  __syncthreads();  // every thread has read the position
-  if (threadIdx.x == 0) {
-    position[0] = taken + N;
-    position[1] = step + 1;
-    if (rates != nullptr) *lr = step < steps ? rates[step] : not_a_number();
+  const bool tallies = threadIdx.x >= HALF;
+  int at = -1, label = -1;  // of next image n
+  const auto look_up = [&](int n) {
+    at = n < size && taken + n < images ? order[taken + n] : -1;
+    label = at >= 0 ? classes[at] : -1;
+  };
+  if (!tallies)
+    look_up(threadIdx.x);
+  else if (losses != nullptr)
+    add_batch(loss_sum, hits, losses, scores, labels, count, N, F,
+              (threadIdx.x - HALF) / WARP, HALF / WARP);
+  const float rate = rates != nullptr && step < steps ? rates[step] : 0.0f;
+  __syncthreads();  // every thread has read the position and the labels
+  for (int n = threadIdx.x; !tallies && n < size; n += HALF) {
+    if (n >= HALF) look_up(n);
+    index[n] = at;
+    next_labels[n] = label;
   }
+  if (threadIdx.x != 0) return;
+  position[0] = taken + size;
+  position[1] = step + 1;
+  wait_for_earlier_kernels();
+  if (rates != nullptr && step < steps) *lr = rate;
 }

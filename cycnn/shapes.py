@@ -260,6 +260,19 @@ def check_labels(name: str, scores_shape: tuple, labels_shape: tuple) -> tuple:
     return n, f
 
 
+def check_tally(losses_shape, scores_shape, labels_shape, *scalars) -> tuple:
+    """Losses are () or (N,), scores (N, F), labels (N,), the rest (); returns (N, F)."""
+    n, f = check_labels("scores", scores_shape, labels_shape)
+    if tuple(losses_shape) not in ((), (n,)):
+        raise ShapeError(
+            f"losses have shape {tuple(losses_shape)}: expected () or {(n,)}, one for "
+            f"each row of scores"
+        )
+    for name, shape in zip(("loss_sum", "hits"), scalars):
+        check_scalar(name, shape)
+    return n, f
+
+
 def gather_output_shape(source_shape: tuple, index_shape: tuple) -> tuple:
     """(N, ...) of a source (M, ...) and an index (N,)."""
     if len(source_shape) < 1:

@@ -28,8 +28,8 @@ def test_the_specification_is_whole():
         maxpool2d_forward maxpool2d_backward relu_forward relu_backward sigmoid_forward
         sigmoid_backward log_softmax_forward log_softmax_backward nll_loss_forward
         nll_loss_backward cross_entropy_forward cross_entropy_backward argmax
-        count_correct rmsprop_step sgd_step permutation gather_images
-        gather_labels begin_step""".split()
+        tally rmsprop_step sgd_step permutation gather_images gather_labels
+        begin_step end_step""".split()
     )
 
 

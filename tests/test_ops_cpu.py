@@ -303,7 +303,7 @@ def test_losses_of_an_empty_batch():
     assert cpu.argmax(scores).shape == (0,)
 
 
-def test_argmax_and_count_correct():
+def test_argmax_and_tally():
     scores = np.round(normal(257, 33))
     scores[3, 4] = np.nan
     expected = reference.argmax(scores)
@@ -311,9 +311,12 @@ def test_argmax_and_count_correct():
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found.numpy(), expected)
     labels = np.where(np.arange(257) % 3, expected, (expected + 1) % 33)
-    total = on_cpu(np.int32(5))
-    cpu.count_correct(on_cpu(scores), on_cpu(labels), total)
-    assert int(total) == 5 + np.count_nonzero(np.arange(257) % 3)
+    losses = normal(257)
+    for terms in (losses, losses[:1].reshape(())):
+        hits, loss_sum = on_cpu(np.int32(5)), on_cpu(np.float32(2))
+        cpu.tally(on_cpu(terms), on_cpu(scores), on_cpu(labels), loss_sum, hits)
+        assert int(hits) == 5 + np.count_nonzero(np.arange(257) % 3)
+        assert float(loss_sum) == pytest.approx(2 + terms.mean(dtype=float), rel=1e-6)
 
 
 # optimizer steps

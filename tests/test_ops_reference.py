@@ -239,12 +239,17 @@ def test_labels_out_of_range(name, bad):
         getattr(ops, name)(normal(3, 5), labels)
 
 
-def test_argmax_and_count_correct():
+def test_argmax_and_tally():
     scores = np.array([[1.0, 3, 3], [2, 1, 0], [0, np.nan, 9]])
     np.testing.assert_array_equal(ops.argmax(scores), [1, 0, 1])
-    total = np.array(10, np.int32)
-    ops.count_correct(scores, np.array([1, 2, 1], np.int32), total)
-    assert total == 12
+    labels = np.array([1, 2, 1], np.int32)
+    hits, loss_sum = np.array(10, np.int32), np.array(0.5)
+    ops.tally(np.array([1.0, 2, 6]), scores, labels, loss_sum, hits)
+    assert (hits, loss_sum) == (12, 3.5)
+    ops.tally(np.array(4.0), scores, labels, loss_sum, hits)
+    assert (hits, loss_sum) == (14, 7.5)
+    with pytest.raises(ShapeError, match=r"losses have shape \(2,\)"):
+        ops.tally(np.zeros(2), scores, labels, loss_sum, hits)
 
 
 def test_rmsprop_by_hand():

@@ -6,7 +6,7 @@ from training import digest, figures, make_trainer, patterns
 
 import cycnn
 from cycnn import optim
-from cycnn.ops import for_device
+from cycnn.ops import Feed, for_device
 
 TRAIN = patterns(200)
 TEST = patterns(70, seed=9)
@@ -64,21 +64,52 @@ def test_a_changed_precision_is_recorded_anew():
     assert digest(trainer) == digest(whole), "the CPU has one precision"
 
 
+def feed_of(size, rates=None):
+    """Of five images, two of which are taken, and seven steps."""
+    arrays = [4, 2, 0, 3, 1], [2, 7], [9, 8, 7, 6, 5], [0] * size, [0] * size
+    tensors = [cycnn.Tensor(np.array(a, np.int32), "cpu") for a in arrays]
+    if rates is not None:
+        rates = cycnn.Tensor(np.array(rates, np.float32), "cpu")
+    return Feed(*tensors, rates, cycnn.Tensor(0.5, "cpu"))
+
+
+def laid_out(feed):
+    return [x.numpy().tolist() for x in (feed.position, feed.index, feed.labels)]
+
+
 def test_begin_step_counts_for_itself():
     ops = for_device(cycnn.device("cpu"))
-    order = cycnn.Tensor([4, 2, 0, 3, 1], "cpu")
-    position = cycnn.Tensor([0, 7], "cpu")
-    rates = cycnn.Tensor(np.arange(10.0), "cpu")
-    lr = cycnn.Tensor(0.5, "cpu")
-    index = cycnn.zeros(2, "int32", "cpu")
-    ops.begin_step(order, position, index, None, lr)
-    assert index.numpy().tolist() == [4, 2]
-    assert position.numpy().tolist() == [2, 8]
-    assert float(lr) == 0.5
-    ops.begin_step(order, position, index, rates, lr)
-    assert index.numpy().tolist() == [0, 3]
-    assert position.numpy().tolist() == [4, 9]
-    assert float(lr) == 8
-    ops.begin_step(order, position, index[:1], rates, lr)
-    assert index.numpy().tolist() == [1, 3]
-    assert float(lr) == 9
+    feed = feed_of(2)
+    ops.begin_step(feed)
+    assert laid_out(feed) == [[4, 8], [0, 3], [9, 6]]
+    assert float(feed.lr) == 0.5
+    ops.begin_step(feed)
+    assert laid_out(feed) == [[6, 9], [1, -1], [8, -1]], "the order ends"
+    feed = feed_of(3, rates=np.arange(9))
+    rates = []
+    for _ in range(3):
+        ops.begin_step(feed)
+        rates.append(float(feed.lr))
+    assert rates == [7, 8, 8], "the run ends"
+
+
+def test_end_step_reads_the_labels_before_it_replaces_them():
+    ops = for_device(cycnn.device("cpu"))
+    feed = feed_of(2)
+    ops.begin_step(feed)
+    loss_sum, hits = cycnn.zeros((), device="cpu"), cycnn.zeros((), "int32", "cpu")
+    scores = np.zeros((2, 10), np.float32)
+    scores[[0, 1], [9, 7]] = 1
+    losses = cycnn.Tensor(np.array([1.0, 2.0], np.float32), "cpu")
+    scores = cycnn.Tensor(scores, "cpu")
+    ops.end_step(losses, scores, feed.labels, loss_sum, hits, feed)
+    assert (float(loss_sum), int(hits)) == (1.5, 1)
+    assert laid_out(feed)[1:] == [[1, -1], [8, -1]]
+
+
+def test_an_optimizer_keeps_the_rate_of_the_last_step():
+    # the next one is laid out already, and differs
+    trainer = make_trainer(lambda step, total: 1 if step < 10 else 0.5, lr=0.25)
+    with pytest.raises(KeyboardInterrupt):
+        fit(trainer, True, callbacks=[StopAt(10)])
+    assert trainer.optimizer.lr == float(trainer.optimizer.lr_tensor) == 0.25

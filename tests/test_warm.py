@@ -179,7 +179,7 @@ def launched(monkeypatch):
             lambda shape, dtype, device: empty(shape, dtype, "cpu"),
         )
     monkeypatch.setattr(backward, "_reduce", RecordingKernel("update", "", ""))
-    for name in ("conv_block", "gather", "linear_block", "head"):
+    for name in ("conv_block", "gather", "linear_block", "head", "tail"):
         monkeypatch.setattr(fused, f"{name}_supported", lambda *given: True)
     machine = fused.machine("sm_90", 132)
     monkeypatch.setattr(
@@ -251,6 +251,7 @@ def test_the_reference_network_needs_what_the_plans_say():
         head,
         linear_backward,
         linear_forward,
+        tail,
     )
 
     objective = nn.Objective(nn.reference_network(), nn.NLLLoss(), fused=True)
@@ -258,17 +259,22 @@ def test_the_reference_network_needs_what_the_plans_say():
     for arch, mode in (("sm_90", "bf16"), ("sm_80", "tf32")):
         kernels = objective.kernels((128, 1, 28, 28), fused.machine(arch, 132), mode)
         if arch == "sm_90":
-            first = {conv_pair(arch, mode, (FIRST, SECOND), gather=False)}
+            some_have = {
+                conv_pair(arch, mode, (FIRST, SECOND), gather=False),
+                tail(arch, mode, (512, 128, 10)),
+            }
         else:
-            first = {conv_forward(arch, mode, shape) for shape in (FIRST, SECOND)}
+            some_have = {
+                *(conv_forward(arch, mode, shape) for shape in (FIRST, SECOND)),
+                linear_forward(arch, mode, (512, 128)),
+                head(arch, mode, (128, 10)),
+            }
         last = backward._linear(128, 128, 10, False, mode, 132).kernel
         planned = {
-            *first,
+            *some_have,
             conv_forward(arch, mode, convolutions[2]),
             *(conv_backward(arch, mode, shape) for shape in convolutions),
-            linear_forward(arch, mode, (512, 128)),
             linear_backward(arch, mode, (512, 128)),
-            head(arch, mode, (128, 10)),
             (last.library, last.options, last.specific),
             ("update", (), False),
         }

@@ -154,6 +154,7 @@ template <class Rule> __device__ __forceinline__ void update(
     if (buffers) buffer = load4(buffers + entry.offset, at, entry.count, true);
   }
   wait_for_earlier_kernels();
+  let_next_kernel_start();
   const float rate = *lr;
   const float4 grad =
       sum_partials(entry.partials, entry.splits, entry.count, at, groups);

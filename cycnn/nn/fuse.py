@@ -485,22 +485,28 @@ class Objective:
     loss : Loss
     fused : bool
         Whether to :func:`fuse` the model, and a final Linear and LogSoftmax with an
-        NLLLoss.
+        NLLLoss, and with a small Linear and ReLU ahead of them.
     """
 
     def __init__(self, model, loss, fused=False):
         self.model = fuse(model) if fused else model
         self.loss = loss
-        self._body, self._linear = self.model, None
+        self._body, self._hidden, self._linear = self.model, None, None
         if fused and isinstance(self.model, FusedSequential) and type(loss) is NLLLoss:
             layers = self.model._layers
             if len(layers) > 1 and _is_head(layers[-2:]):
                 self._linear = layers[-2].parts[0]
-                self._body = FusedSequential(self.model._original, layers[:-2])
+                layers = layers[:-2]
+                if layers and type(layers[-1]) is FusedLinear:
+                    self._hidden = layers[-1]
+                    layers = layers[:-1]
+                self._body = FusedSequential(self.model._original, layers)
         self._saved = None
 
     def forward(self, x, labels):
-        """The model's output and the loss: (N, F) and (), on the device.
+        """The model's output (N, F) and the loss, on the device.
+
+        The loss is one number, of shape (), or (N,) terms that it is the mean of.
 
         Parameters
         ----------
@@ -510,8 +516,12 @@ class Objective:
         """
         if isinstance(x, Gather) and not isinstance(self.model, FusedSequential):
             x = x.made()
-        linear = self._linear
+        hidden, linear = self._hidden, self._linear
         features = self._body(x)
+        if hidden is not None:
+            if self._is_tail(features):
+                return self._tail(features, labels)
+            features = hidden(features)
         if linear is None or not (
             features.shape[1:] == linear.weight.shape[1:]
             and fused.head_supported(features.device, *linear.weight.shape[::-1])
@@ -528,6 +538,29 @@ class Objective:
         )
         self._saved = features, dlogits
         return log_probs, value
+
+    def _is_tail(self, features) -> bool:
+        first, last = self._hidden.parts[0].weight.shape, self._linear.weight.shape
+        return (
+            features.shape[1:] == first[1:]
+            and first[0] == last[1]
+            and fused.tail_supported(features.device, first[1], *last[::-1])
+        )
+
+    def _tail(self, features, labels):
+        first, last = self._hidden.parts[0], self._linear
+        y, log_probs, losses, dlogits = fused.tail_forward(
+            features,
+            first.weight.data,
+            None if first.bias is None else first.bias.data,
+            len(self._hidden.parts) > 1,
+            last.weight.data,
+            None if last.bias is None else last.bias.data,
+            labels,
+        )
+        self._hidden._saved = features, y
+        self._saved = y, dlogits
+        return log_probs, losses
 
     def backward(self, partials=None):
         """Fill the gradients of all parameters.
@@ -574,6 +607,7 @@ class Objective:
         precision = precision or get_precision()
         layers = self.model._layers
         head = None if self._linear is None else layers[-2]
+        tail = []
         found = []
         for i, layer in enumerate(layers):
             try:
@@ -581,8 +615,10 @@ class Objective:
             except ShapeError:  # the layer says so itself when it runs
                 break
             made = []
-            if layer is head:
-                made = fused.head_kernels(
+            if layer is self._hidden and y_shape[1] == self._linear.weight.shape[1]:
+                made = tail = self._tail_kernels(x_shape, machine, precision)
+            elif layer is head:
+                made = tail or fused.head_kernels(
                     machine,
                     precision,
                     *x_shape,
@@ -599,6 +635,18 @@ class Objective:
             if x_shape is None:
                 break
         return list(dict.fromkeys(found))
+
+    def _tail_kernels(self, x_shape, machine, precision):
+        first, last = self._hidden.parts[0], self._linear
+        return fused.tail_kernels(
+            machine,
+            precision,
+            *x_shape,
+            *last.weight.shape[::-1],
+            len(self._hidden.parts) > 1,
+            first.bias is not None,
+            last.bias is not None,
+        )
 
     def _layers(self):
         return self.model if isinstance(self.model, FusedSequential) else ()
@@ -626,6 +674,12 @@ class Objective:
                     None if bias is None else bias.grad,
                     True,
                 )
+        if self._hidden is not None:
+            learns = any(layer._walk() for layer in self._body)
+            dy = self._hidden.backward(dy, input_grad=learns)
+            if not learns:
+                self._body._forget()
+                return
         self._body.backward(dy, input_grad=False)
 
 

@@ -8,8 +8,24 @@ of their device. All three have the same functions with the same parameters.
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 _loaded = {}
+
+
+class Feed(NamedTuple):
+    """Where a recorded step finds its batch, which the step before it laid there.
+
+    The host cannot tell a recorded step which one it is, so it counts on the device.
+    """
+
+    order: object  # int32 (M,): the images of the epoch, in order
+    position: object  # int32 (2,): images taken and steps begun
+    classes: object  # int32 (M,): labels of the data set
+    index: object  # int32 (N,): images of the step, -1 beyond the end of the order
+    labels: object  # int32 (N,): their labels, -1 there
+    rates: object  # float32 (steps,), learning rate of each step, or None: lr stays
+    lr: object  # float32 ()
 
 
 def for_device(device):

@@ -326,12 +326,11 @@ def argmax(x):
     return from_array(out)
 
 
-def count_correct(scores, labels, total):
-    """total () int32 += number of rows of scores whose argmax is the label."""
-    total = _array("total", total, _INT32)
-    shapes.check_scalar("total", total.shape)
-    _, labels_array = _labels("scores", scores, labels)
-    total += np.count_nonzero(argmax(scores).array == labels_array)
+def tally(losses, scores, labels, loss_sum, hits):
+    """loss_sum += mean of losses; hits += rows of scores whose argmax is the label."""
+    losses, scores = _array("losses", losses), _array("scores", scores)
+    loss_sum, hits = _array("loss_sum", loss_sum), _array("hits", hits, _INT32)
+    reference.tally(losses, scores, _array("labels", labels, _INT32), loss_sum, hits)
 
 
 # optimizer steps
@@ -406,11 +405,12 @@ def gather_labels(labels, index):
     return from_array(labels[index])
 
 
-def begin_step(order, position, index, rates, lr):
-    reference.begin_step(
-        order.array,
-        position.array,
-        index.array,
-        None if rates is None else rates.array,
-        None if lr is None else lr.array,
-    )
+def begin_step(feed):
+    """Lay out the next batch and the next learning rate."""
+    reference.begin_step(feed._make(x if x is None else x.array for x in feed))
+
+
+def end_step(losses, scores, labels, loss_sum, hits, feed):
+    """The tally of a step, then the next step's batch and learning rate."""
+    tally(losses, scores, labels, loss_sum, hits)
+    begin_step(feed)

@@ -731,7 +731,7 @@ def cross_entropy_backward(log_probs, labels):
 
 
 _argmax = Kernel("data", "argmax", "PPii")
-_count_correct = Kernel("data", "count_correct", "PPPii")
+_tally = Kernel("data", "tally", "PPPPPiii")
 
 
 def argmax(x):
@@ -743,16 +743,23 @@ def argmax(x):
     return out
 
 
-def count_correct(scores, labels, total):
-    n, f = shapes.check_labels("scores", scores.shape, labels.shape)
-    shapes.check_scalar("total", total.shape)
+def _tally_arguments(losses, scores, labels, loss_sum, hits):
+    n, f = shapes.check_tally(
+        losses.shape, scores.shape, labels.shape, loss_sum.shape, hits.shape
+    )
     _int32("labels", labels)
-    _int32("total", total)
-    if n:
-        _count_correct(
-            _get(scores.device.index).compute, _of_rows(n), _BLOCK, total, scores,
-            labels, n, f,
-        )  # fmt: skip
+    _int32("hits", hits)
+    return loss_sum, hits, losses, scores, labels, losses.size, n, f
+
+
+def tally(losses, scores, labels, loss_sum, hits):
+    arguments = _tally_arguments(losses, scores, labels, loss_sum, hits)
+    _tally(
+        _get(scores.device.index).compute,
+        max(1, min(_of_rows(len(labels)), _MAX_GRID)),
+        _BLOCK,
+        *arguments,
+    )
 
 
 # optimizer steps
@@ -851,13 +858,30 @@ def gather_labels(labels, index):
     return out
 
 
-_begin_step = Kernel("data", "begin_step", "PPPPPiii")
+_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiii")
+_END_STEP = 1024  # threads
+_NO_TALLY = (None,) * 5 + (0,) * 3
+_TALLY_OF_A_BLOCK = 1 << 16  # scores that a single block looks through in no time
 
 
-def begin_step(order, position, index, rates, lr):
-    for name, array in (("order", order), ("position", position), ("index", index)):
-        _int32(name, array)
-    _begin_step(
-        _get(order.device.index).compute, 1, _BLOCK, index, order, position, rates, lr,
-        index.size, order.size, 0 if rates is None else rates.size,
+def begin_step(feed):
+    _lay_out(feed, _NO_TALLY)
+
+
+def end_step(losses, scores, labels, loss_sum, hits, feed):
+    given = losses, scores, labels, loss_sum, hits
+    if scores.size > _TALLY_OF_A_BLOCK:
+        tally(*given)
+        _lay_out(feed, _NO_TALLY)
+    else:
+        _lay_out(feed, _tally_arguments(*given), dependent=True)
+
+
+def _lay_out(feed, tally_arguments, dependent=False):
+    for name in ("order", "position", "classes", "index", "labels"):
+        _int32(name, getattr(feed, name))
+    _end_step(
+        _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
+        *feed, feed.index.size, feed.order.size,
+        0 if feed.rates is None else feed.rates.size, dependent=dependent,
     )  # fmt: skip

@@ -6,6 +6,7 @@ Each computes what a run of the operations of :mod:`cycnn.ops.reference` does:
     conv_pair       two of these, one behind the other
     linear_block    linear, relu (if ``relu``)
     head            linear, log_softmax, nll_loss
+    tail            a linear_block and the head behind it
 
 The kernels (``cuda/templates``) are compiled for the shapes of a layer when it first
 runs, and cached. That takes NVRTC; without it, and on the CPU, nothing is supported.
@@ -133,6 +134,14 @@ def head_supported(device, inputs, classes) -> bool:
     return _modules()[0].head_supported(inputs, classes, device.index)
 
 
+@functools.lru_cache(maxsize=512)
+def tail_supported(device, inputs, hidden, classes) -> bool:
+    """Whether the device has a kernel for a small linear layer and the head behind."""
+    if not linear_block_supported(device):
+        return False
+    return _modules()[0].tail_supported(inputs, hidden, classes, device.index)
+
+
 def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None):
     return _modules()[0].conv_block_forward(
         x, weight, bias, relu, pool, stride, padding, packed
@@ -175,6 +184,12 @@ def linear_block_backward_partials(dy, y, x, weight, relu, need_dx):
 
 def head_forward(x, weight, bias, labels):
     return _modules()[0].head_forward(x, weight, bias, labels)
+
+
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+    return _modules()[0].tail_forward(
+        x, weight, bias, relu, weight_out, bias_out, labels
+    )
 
 
 def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
@@ -300,6 +315,23 @@ def head_kernels(machine, precision, n, inputs, classes, bias) -> list:
     return there + backward.linear_block_kernels(
         machine, precision, n, inputs, classes, False
     )
+
+
+def tail_kernels(
+    machine, precision, n, inputs, hidden, classes, relu, bias, bias_out
+) -> list:
+    """Kernels of a tail, forward and backward; empty where it is not supported."""
+    forward, backward = _modules()
+    there = forward.tail_kernels(
+        machine, precision, inputs, hidden, classes, relu, bias, bias_out
+    )
+    if not there:
+        return []
+    return [
+        *there,
+        *backward.linear_block_kernels(machine, precision, n, inputs, hidden, relu),
+        *backward.linear_block_kernels(machine, precision, n, hidden, classes, False),
+    ]
 
 
 def prepare(kernels, device) -> int:

@@ -1116,6 +1116,19 @@ def tail_supported(inputs, hidden, classes, index) -> bool:
     return tail_plan(inputs, hidden, classes, True, True, True, machine, 0) is not None
 
 
+def _tail_kernel(plan):
+    return _kernels(plan, "tail_forward", "PPPPPPPPPPi").run
+
+
+def tail_kernels(
+    machine, precision, inputs, hidden, classes, relu, bias, bias_out
+) -> list:
+    """The kernels of :func:`tail_forward`; see :func:`conv_block_kernels`."""
+    given = inputs, hidden, classes, relu, bias, bias_out
+    plan = tail_plan(*given, machine, _MODES[precision])
+    return [] if plan is None else [_tail_kernel(plan)]
+
+
 def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
     """A linear layer, ReLU if ``relu``, and the head behind it, in one kernel.
 
@@ -1170,7 +1183,7 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
     dlogits = empty_on_gpu(y_shape, _FLOAT32, device)
     losses = empty_on_gpu((n,), _FLOAT32, device)
     if n:
-        _kernels(plan, "tail_forward", "PPPPPPPPPPi").run(
+        _tail_kernel(plan)(
             _get(device.index).compute,
             plan.grid(n)[0],
             plan.block,

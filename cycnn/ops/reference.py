@@ -474,19 +474,26 @@ def argmax(x):
     return np.argmax(x, axis=1).astype(np.int32)
 
 
-def count_correct(scores, labels, total):
-    """total += number of rows of ``scores`` whose argmax is the label, in place.
+def tally(losses, scores, labels, loss_sum, hits):
+    """Add a batch to the figures of its epoch, in place.
 
     Parameters
     ----------
+    losses : () or (N,)
+        The batch's loss, or the terms that it is the mean of.
     scores : (N, F)
     labels : (N,) int32
-    total : () int32
+    loss_sum : ()
+        The batch's loss is added.
+    hits : () int32
+        The number of rows of ``scores`` whose argmax is the label is added.
     """
-    _, f = shapes.check_labels("scores", scores.shape, labels.shape)
-    shapes.check_scalar("total", total.shape)
+    f = shapes.check_tally(
+        losses.shape, scores.shape, labels.shape, loss_sum.shape, hits.shape
+    )[1]
     check_label_range(labels, f)
-    total += np.count_nonzero(argmax(scores) == labels)
+    loss_sum += np.mean(losses) if losses.size else np.nan
+    hits += np.count_nonzero(argmax(scores) == labels)
 
 
 # optimizer steps
@@ -633,31 +640,32 @@ def gather_images(images, index, scale, shift):
     return _f64(images[index]) * scale + shift
 
 
-def begin_step(order, position, index, rates, lr):
-    """Take the next images of an epoch, and the next learning rate of a run.
-
-    What a recorded training step does first: it cannot be told by the host which step
-    it is, so it counts on the device.
+def begin_step(feed):
+    """Lay out the next batch of an epoch, and the next learning rate of a run.
 
     Parameters
     ----------
-    order : int array, (M,)
-        The images of the epoch, in order.
-    position : int array, (2,)
-        Images taken so far, and steps done so far; both are advanced in place.
-    index : int array, (N,)
-        Set to the next N entries of ``order``.
-    rates : float array, (steps,) or None
-        Learning rate of each step; None leaves ``lr`` alone.
-    lr : float array, ()
-        Set to the rate of this step.
+    feed : cycnn.ops.Feed
+        All but its order, classes and rates is written. A rate beyond the end of the
+        rates is not.
     """
-    first, step = (int(n) for n in position)
-    index[...] = order[first : first + len(index)]
-    position[0] += len(index)
-    position[1] += 1
-    if rates is not None:
-        lr[...] = rates[step]
+    first, step = (int(n) for n in feed.position)
+    index = feed.order[first : first + len(feed.index)]
+    for found, room in ((index, feed.index), (feed.classes[index], feed.labels)):
+        room[: len(index)] = found
+        room[len(index) :] = -1
+    feed.position[:] += len(feed.index), 1
+    if feed.rates is not None and step < len(feed.rates):
+        feed.lr[...] = feed.rates[step]
+
+
+def end_step(losses, scores, labels, loss_sum, hits, feed):
+    """:func:`tally` of a step, then :func:`begin_step` for the next one.
+
+    ``labels`` may lie in those of the feed.
+    """
+    tally(losses, scores, labels, loss_sum, hits)
+    begin_step(feed)
 
 
 def gather_labels(labels, index):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..nn import Objective
-from ..ops import for_device, fused
+from ..ops import Feed, for_device, fused
 from ..precision import get_precision
 from ..tensor import Tensor, empty
 
@@ -76,8 +76,10 @@ class Steps:
         if kernels:
             fused.prepare(kernels, loader.device)
 
-    def _train(self, images, labels, update=None, recording=False) -> None:
-        """One step; ``update``, a PartialStep, does the optimizer's part if given."""
+    def _train(self, images, labels, update=None, recording=False, feed=None) -> None:
+        """One step; ``update``, a PartialStep, does the optimizer's part if given, and
+        a ``feed`` is told to lay out the next step's batch.
+        """
         scores, value = self.objective.forward(images, labels)
         if update is None:
             self.objective.backward()
@@ -86,7 +88,7 @@ class Steps:
             partials = {}
             self.objective.backward(partials)
             update.run(partials, recording)
-        self.tally.add(value, scores, labels)
+        self.tally.add(value, scores, labels, feed)
 
 
 class EagerSteps(Steps):
@@ -129,7 +131,8 @@ class CapturedSteps(Steps):
     -----
     A recorded kernel keeps its arguments, so a step must not depend on a number that
     Python computes. The learning rates of the whole run are a table on the device, and
-    the order of the epoch is an index array; a counter there says how far both are.
+    the order of the epoch is an index array; a counter there says how far both are. A
+    step ends with laying out the next one's batch, see :class:`~cycnn.ops.Feed`.
     """
 
     def __init__(self, trainer, loader):
@@ -137,11 +140,15 @@ class CapturedSteps(Steps):
         device = loader.device
         self.ops = for_device(device)
         self.gather = loader.dataset.images.dtype == np.uint8
-        self.index = empty(loader.batch_size, "int32", device)
-        # images taken from the order so far, and steps of the run
-        self.position = empty(2, "int32", device)
-        self.order = empty(len(loader.dataset), "int32", device)
-        self.rates = None
+        self.feed = Feed(
+            order=empty(len(loader.dataset), "int32", device),
+            position=empty(2, "int32", device),
+            classes=loader.resident().labels,
+            index=empty(loader.batch_size, "int32", device),
+            labels=empty(loader.batch_size, "int32", device),
+            rates=None,
+            lr=None,
+        )
         self.graphs = {}
         self.recorded_with = None
 
@@ -152,15 +159,18 @@ class CapturedSteps(Steps):
         self.step, self.total = epoch * len(loader) + first, total
         done = first * loader.batch_size
         self.left = len(loader.dataset) - done
-        self.order.copy_(loader.order(epoch))
-        self.position.copy_(np.array([done, self.step], np.int32))
-        if trainer.schedule is not None and self.rates is None:
-            table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
-            self.rates = Tensor(np.array(table, np.float32), loader.device)
         now = self._signature()
         if now != self.recorded_with:
             self.graphs.clear()
             self.recorded_with = now
+        rates = self.feed.rates
+        if trainer.schedule is not None and rates is None:
+            table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
+            rates = Tensor(np.array(table, np.float32), loader.device)
+        self.feed = self.feed._replace(rates=rates, lr=trainer.optimizer.lr_tensor)
+        self.feed.order.copy_(loader.order(epoch))
+        self.feed.position.copy_(np.array([done, self.step], np.int32))
+        self.ops.begin_step(self.feed)
 
     def run_next(self):
         count = min(self.loader.batch_size, self.left)
@@ -186,25 +196,24 @@ class CapturedSteps(Steps):
 
     def end_epoch(self):
         trainer = self.trainer
-        if trainer.schedule is not None and self.step:
+        if trainer.schedule is None:
+            return
+        if self.step:
             # what the device read from the table, for whoever looks at optimizer.lr
             factor = trainer.schedule(self.step - 1, self.total)
             trainer.optimizer.lr = trainer.base_lr * factor
+        # the device is one step ahead, which the setter does not know
+        self.ops.fill(trainer.optimizer.lr_tensor, trainer.optimizer.lr)
 
     def _whole_step(self, count, update, recording=False):
-        ops, dataset = self.ops, self.loader.dataset
-        held = self.loader.resident()
-        index = self.index[:count]
-        ops.begin_step(
-            self.order,
-            self.position,
-            index,
-            self.rates,
-            self.trainer.optimizer.lr_tensor,
+        dataset, feed = self.loader.dataset, self.feed
+        images = fused.Gather(
+            self.loader.resident().images,
+            feed.index[:count],
+            dataset.scale,
+            dataset.shift,
         )
-        images = fused.Gather(held.images, index, dataset.scale, dataset.shift)
-        labels = ops.gather_labels(held.labels, index)
-        self._train(images, labels, update, recording)
+        self._train(images, feed.labels[:count], update, recording, feed)
 
     def _signature(self):
         trainer = self.trainer

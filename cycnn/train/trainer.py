@@ -38,7 +38,7 @@ class Tally:
 
     A batch's loss is a mean, and every batch but the last has the same size. So the
     losses of full batches are summed as they are, the last one is kept apart, and the
-    host weighs both when it reads them: one tiny addition a batch.
+    host weighs both when it reads them: one small operation a batch.
 
     What is added on the device (:meth:`add`) and what the host counts (:meth:`count`)
     are apart, since a replayed step does the first without Python.
@@ -58,12 +58,17 @@ class Tally:
             self._ops.fill(tensor, 0)
         self._full = self._rest_count = 0
 
-    def add(self, loss, scores, labels):
-        """Add a batch on the device."""
+    def add(self, losses, scores, labels, feed=None):
+        """Add a batch on the device; ``losses``: its loss, or terms of which it is the
+        mean. With a ``feed`` the next batch of a recorded step is laid out, too.
+        """
         full = len(labels) == self._batch_size
         total = self._loss_sum if full else self._rest
-        self._ops.add(total, loss, total)
-        self._ops.count_correct(scores, labels, self._hits)
+        given = losses, scores, labels, total, self._hits
+        if feed is None:
+            self._ops.tally(*given)
+        else:
+            self._ops.end_step(*given, feed)
 
     def count(self, images):
         """Note that a batch of so many images was added."""

@@ -11,7 +11,7 @@ import pytest
 
 import cycnn
 from cycnn import Tensor
-from cycnn.ops import reference
+from cycnn.ops import Feed, reference
 
 ROUNDOFF = {"fp32": 2.0**-24, "tf32": 2.0**-11, "bf16": 2.0**-8}
 F32 = ROUNDOFF["fp32"]
@@ -505,21 +505,54 @@ def test_labels_must_be_int32(ops, rng):
         ops.nll_loss_forward(scores, labels)
 
 
-@pytest.mark.parametrize("n", (0, 1, 3, 33))
+@pytest.mark.parametrize("n", (0, 1, 3, 33, 1500))
 @pytest.mark.parametrize("f", (1, 10, 31, 33, 257))
-def test_argmax_and_count_correct(ops, rng, n, f):
+def test_argmax_and_tally(ops, rng, n, f):
     x = rng.integers(-2, 2, (n, f)).astype(np.float32)
     x[rng.random((n, f)) < 0.01] = np.nan
     want = reference.argmax(x)
     np.testing.assert_array_equal(ops.argmax(on_gpu(x)).numpy(), want, strict=True)
     labels = want.copy()
     labels[: n // 3] = (labels[: n // 3] + 1) % f
-    total = on_gpu(np.array(5, np.int32))
-    expected = np.array(5, np.int32)
-    for _ in range(2):
-        ops.count_correct(on_gpu(x), on_gpu(labels), total)
-        reference.count_correct(x, labels, expected)
-    assert int(total) == int(expected)
+    for given in (rng.random(n, dtype=np.float32), np.float32(0.75)):
+        hits, loss_sum = on_gpu(np.array(5, np.int32)), on_gpu(np.float32(2))
+        expected = np.array(5, np.int32), np.array(2.0)
+        for _ in range(2):
+            ops.tally(on_gpu(given), on_gpu(x), on_gpu(labels), loss_sum, hits)
+            reference.tally(given, x, labels, *expected[::-1])
+        assert int(hits) == int(expected[0])
+        np.testing.assert_allclose(float(loss_sum), expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n, f", ((1, 10), (128, 10), (1100, 3), (300, 300)))
+@pytest.mark.parametrize("rates", (None, np.arange(9.0, dtype=np.float32)))
+def test_end_step(ops, rng, n, f, rates):
+    images = 2 * n + n // 2
+    order = rng.permutation(images).astype(np.int32)
+    classes = rng.integers(0, f, images, dtype=np.int32)
+    position, room = np.array([0, 7], np.int32), np.zeros(n, np.int32)
+    arrays = order, position, classes, room, room.copy(), rates, np.array(0.5)
+    feed = Feed(*(x if x is None else on_gpu(x) for x in arrays))
+    expected = Feed(*arrays)
+    sums = np.array(0.0), np.array(0, np.int32)
+    loss_sum, hits = map(on_gpu, (np.float32(0), sums[1]))
+    ops.begin_step(feed)
+    reference.begin_step(expected)
+    for count in (n, n, n // 2):
+        for found, wanted in zip(feed[1:5] + feed[6:], expected[1:5] + expected[6:]):
+            np.testing.assert_array_equal(found.numpy(), wanted)
+        if not count:
+            break
+        losses = rng.random(count, dtype=np.float32)
+        scores = rng.standard_normal((count, f), dtype=np.float32)
+        given = losses, scores
+        alone = on_gpu(np.float32(loss_sum)), on_gpu(np.int32(hits))
+        ops.tally(*map(on_gpu, given), feed.labels[:count], *alone)
+        ops.end_step(*map(on_gpu, given), feed.labels[:count], loss_sum, hits, feed)
+        assert [float(x) for x in alone] == [float(loss_sum), float(hits)]
+        reference.end_step(*given, expected.labels[:count], *sums, expected)
+    assert int(hits) == sums[1]
+    np.testing.assert_allclose(float(loss_sum), sums[0], rtol=1e-5)
 
 
 # ---------------------------------------------------------------- optimizer steps
