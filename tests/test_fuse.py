@@ -32,6 +32,8 @@ def positions_of(code, pool, x_shape):
 def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None):
     if isinstance(x, fused.Gather):
         x = written(x)
+    if packed is not None:
+        weight = packed.data
     z = cpu.conv2d_forward(x, weight, bias, stride, padding)
     if relu:
         z = cpu.relu_forward(z)
@@ -69,7 +71,26 @@ def written(gather):
 
 def conv_pair_forward(x, first, second, packed=None):
     y1, code1 = conv_block_forward(x, *first)
-    return y1, code1, *conv_block_forward(y1, *second)
+    return y1, code1, *conv_block_forward(y1, *second, packed)
+
+
+class PackedFilter:
+    """A copy, which a kernel uses in place of the filter: it shows if it is old."""
+
+    def __init__(self, weight):
+        self.weight, self.data = weight, cycnn.zeros(weight.shape, device="cpu")
+        self.refresh()
+
+    def refresh(self):
+        self.data.copy_(self.weight)
+
+
+def pack_filter(weight, x_shape, pool, stride, padding):
+    return PackedFilter(weight) if weight.shape[1] > 1 else None
+
+
+def pack_pair_filter(x_shape, first, second, gather):
+    return PackedFilter(second.weight)
 
 
 class Partials(NamedTuple):
@@ -121,18 +142,21 @@ class Updater:
     def upload(self):
         pass
 
-    def _sum(self, grads):
-        for offset, parts in self.entries:
+    def _update(self, rule, params, grads, *rest):
+        for offset, parts, _ in self.entries:
             total = parts.array.sum(0, dtype=np.float32).reshape(-1)
             grads.array[offset : offset + total.size] = total
+        rule(params, grads, *rest)
+        for offset, _, packed in self.entries:
+            if packed is not None:
+                room = packed.data.array.reshape(-1)
+                room[...] = params.array[offset : offset + room.size]
 
-    def rmsprop(self, params, grads, *rest):
-        self._sum(grads)
-        cpu.rmsprop_step(params, grads, *rest)
+    def rmsprop(self, *given):
+        self._update(cpu.rmsprop_step, *given)
 
-    def sgd(self, params, grads, *rest):
-        self._sum(grads)
-        cpu.sgd_step(params, grads, *rest)
+    def sgd(self, *given):
+        self._update(cpu.sgd_step, *given)
 
 
 def linear_block_forward(x, weight, bias, relu):
@@ -181,6 +205,8 @@ def calls(monkeypatch):
         conv_block_forward,
         conv_block_backward,
         conv_pair_forward,
+        pack_filter,
+        pack_pair_filter,
         linear_block_forward,
         linear_block_backward,
         head_forward,
@@ -410,6 +436,56 @@ def test_a_recorded_step_adds_the_parts_of_gradients_up(method, calls):
     assert "conv_block_backward_partials" in calls and "head_backward_partials" in calls
     for one, other in zip(*states):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Meddler:
+    """Changes the filters amid an epoch, and between two."""
+
+    def on_step_end(self, trainer):
+        if trainer.step % 3 == 0:
+            self.on_epoch_end(trainer)
+
+    def on_epoch_end(self, trainer, record=None):
+        state = trainer.model.state_dict()
+        trainer.model.load_state_dict({k: v * 0.9 for k, v in state.items()})
+
+
+@pytest.mark.parametrize("callbacks", [[], [Meddler()]])
+@pytest.mark.parametrize("lacking", [None, "conv_pair"])
+def test_packed_filters_are_never_old(callbacks, lacking, calls, monkeypatch):
+    if lacking:
+        monkeypatch.setattr(fused, f"{lacking}_supported", lambda *_: False)
+    train = patterns(100, side=28, classes=10)
+    digests = []
+    for capture in (False, True):
+        cycnn.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 5, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
+            nn.Conv2d(4, 2, 3, stride=2), nn.Flatten(), nn.Linear(32, 10),
+            nn.LogSoftmax(),
+        )  # fmt: skip
+        rule = optim.RMSprop(model.parameters(), lr=0.01)
+        trainer = cycnn.Trainer(model, nn.NLLLoss(), rule, capture=capture, fuse=True)
+        calls.clear()
+        for epochs in (1, 3):
+            trainer.fit(train, epochs, 16, seed=1, callbacks=callbacks)
+        assert calls.count("pack_filter") == capture * (2 if lacking is None else 6)
+        assert calls.count("pack_pair_filter") == capture * 2 * (lacking is None)
+        digests.append([*model.state_dict().values()])
+    for one, other in zip(*digests):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_an_optimizer_of_ones_own_packs_nothing(calls):
+    class Own(optim.SGD):
+        _update_from = optim.optimizer.Optimizer._update_from
+
+    model = nn.reference_network()
+    trainer = cycnn.Trainer(
+        model, nn.NLLLoss(), Own(model.parameters()), capture=True, fuse=True
+    )
+    trainer.fit(patterns(20, side=28, classes=10), 2, 8, seed=1)
+    assert "pack_pair_filter" not in calls and "conv_pair_forward" in calls
 
 
 def test_the_representation_names_the_parts():

@@ -19,14 +19,46 @@
 
 constexpr int THREADS = 256;
 
-// A parameter: where it lies in the slabs, and where its partials are. 40 bytes,
-// written by the host as five 64-bit integers.
+// A filter (K, C, taps) packed as conv_pack_filter of conv_block_forward.cu does it.
+struct Packed {
+  void* to;  // null: there is none
+  u32 mode, channels, taps, slot_taps, quads, outputs, chunks;
+
+  __device__ __forceinline__ u32 quad_c() const { return mode == MODE_BF16 ? 8 : 4; }
+  // numbers of a slot's part: the big or the small halves
+  __device__ __forceinline__ u32 part() const {
+    return slot_taps * quads * outputs * quad_c();
+  }
+  // where number i of the filter goes
+  __device__ __forceinline__ u32 place(u32 i) const {
+    const u32 tap = i % taps, c = i / taps % channels, k = i / taps / channels,
+              quad = c / quad_c();
+    const u32 slot = (k / outputs * chunks + quad / quads) * (taps / slot_taps) +
+                     tap / slot_taps;
+    const u32 unit = (tap % slot_taps * quads + quad % quads) * outputs + k % outputs;
+    const u32 parts = mode == MODE_FP32 ? 2 : 1;
+    return slot * parts * part() + unit * quad_c() + c % quad_c();
+  }
+  __device__ __forceinline__ void store(u32 at, float v) const {
+    if (mode == MODE_BF16) {
+      ((u16*)to)[at] = pack_bf16(v, 0.0f);
+      return;
+    }
+    const u32 big = round_tf32(v);
+    ((u32*)to)[at] = big;
+    if (mode == MODE_FP32) ((u32*)to)[at + part()] = rest_tf32(v, big);
+  }
+};
+
+// A parameter: where it lies in the slabs, and where its partials are. Written by the
+// host (_ENTRY in fused_cuda_backward.py).
 struct Entry {
   long long offset;       // of its first number in the slabs, a multiple of 4
   long long count;        // numbers
   const float* partials;  // (splits, count)
   long long splits;
   long long first_block;  // blocks of a parameter are neighbours
+  Packed packed;
 };
 
 __host__ __device__ constexpr int groups_of(long long splits) {
@@ -61,15 +93,15 @@ __device__ __forceinline__ float4 plus(float4 a, float4 b) {
 
 // The gradient of this thread's numbers at .. at+3, in the threads of the first group.
 __device__ __forceinline__ float4 sum_partials(const float* __restrict__ partials,
-                                               long long splits, long long count,
+                                               int splits, long long count,
                                                long long at, int groups) {
   __shared__ float4 of_group[THREADS];
   const int members = THREADS / groups, group = threadIdx.x / members;
   const bool aligned = count % 4 == 0;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
-  for (long long split = group; split < splits; split += groups)
-    sum = plus(sum, load4(partials + split * count, at, count, aligned));
+  for (int split = group; split < splits; split += groups)
+    sum = plus(sum, load4(partials + (long long)split * count, at, count, aligned));
   if (groups == 1) return sum;
   of_group[threadIdx.x] = sum;
   __syncthreads();
@@ -140,7 +172,7 @@ template <class Rule> __device__ __forceinline__ void update(
     const int i = first + threadIdx.x;
     before += __syncthreads_count(i < entries && table[i].first_block <= blockIdx.x);
   }
-  const Entry entry = table[before - 1];
+  const Entry& entry = table[before - 1];
   const int groups = groups_of(entry.splits), members = THREADS / groups;
   const long long at =
       ((blockIdx.x - entry.first_block) * members + threadIdx.x % members) * 4;
@@ -153,11 +185,15 @@ template <class Rule> __device__ __forceinline__ void update(
     if (squares) square = load4(squares + entry.offset, at, entry.count, true);
     if (buffers) buffer = load4(buffers + entry.offset, at, entry.count, true);
   }
+  const bool packs = owner && entry.packed.to;
+  u32 place[4];
+#pragma unroll
+  for (int e = 0; packs && e < 4; ++e) place[e] = entry.packed.place(at + e);
   wait_for_earlier_kernels();
   let_next_kernel_start();
   const float rate = *lr;
   const float4 grad =
-      sum_partials(entry.partials, entry.splits, entry.count, at, groups);
+      sum_partials(entry.partials, (int)entry.splits, entry.count, at, groups);
   if (!owner) return;
   rule.step(param.x, grad.x, square.x, buffer.x, rate);
   rule.step(param.y, grad.y, square.y, buffer.y, rate);
@@ -167,6 +203,11 @@ template <class Rule> __device__ __forceinline__ void update(
   if (grads) store4(grads + entry.offset, at, entry.count, grad);
   if (squares) store4(squares + entry.offset, at, entry.count, square);
   if (buffers) store4(buffers + entry.offset, at, entry.count, buffer);
+  if (!packs) return;
+  const float numbers[4] = {param.x, param.y, param.z, param.w};
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (at + e < entry.count) entry.packed.store(place[e], numbers[e]);
 }
 
 // Grid: the sum over the table of ceil(count / (1024 / groups)). lr: one number on the

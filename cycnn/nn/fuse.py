@@ -157,7 +157,7 @@ class _Run(Layer):
             x = x.made()
         if not isinstance(x, Gather):
             x = as_input(self.parts[0], x, parameters[0].device)
-        if not self._is_fused(x):
+        if not self._is_fused(x.device, x.shape):
             for part in self.parts:
                 x = part.forward(x)
             self._saved = None
@@ -186,9 +186,17 @@ class _Run(Layer):
                 for_device(target.device).add(target, more, target)
         return dx
 
+    def _is_fused(self, device, x_shape) -> bool:
+        """Whether there is a kernel for an input of this shape."""
+        raise NotImplementedError
+
     def _gathers(self, batch) -> bool:
         """Whether the kernel can make its input, a :class:`Gather`."""
         return False
+
+    def pack_filters(self, x_shape, gather) -> dict:
+        """See :meth:`Objective.pack_filters`."""
+        return {}
 
     def kernels(self, x_shape, input_grad, machine, precision, gather=False) -> list:
         """The kernels that stand for the layers, forward and backward.
@@ -228,21 +236,23 @@ class FusedConv2d(_Run):
     no gradient passes because it was not positive.
     """
 
+    _packed = None  # the filter packed ahead, which somebody keeps up to date
+
     def __init__(self, parts):
         super().__init__(parts)
         kinds = [type(part) for part in parts]
         self._relu = ReLU in kinds
         self._pool = parts[-1].kernel_size if MaxPool2d in kinds else None
 
-    def _is_fused(self, x):
+    def _is_fused(self, device, x_shape):
         conv = self.parts[0]
         shape = conv.weight.shape
         # what does not fit is refused by the layer itself, in its own words
         return (
-            len(x.shape) == 4
-            and x.shape[1] == shape[1]
+            len(x_shape) == 4
+            and x_shape[1] == shape[1]
             and fused.conv_block_supported(
-                x.device, x.shape, shape, self._pool, conv.stride, conv.padding
+                device, x_shape, shape, self._pool, conv.stride, conv.padding
             )
         )
 
@@ -250,7 +260,7 @@ class FusedConv2d(_Run):
         conv = self.parts[0]
         return (
             batch.images.dtype == "uint8"
-            and self._is_fused(batch)
+            and self._is_fused(batch.device, batch.shape)
             and fused.gather_supported(
                 batch.device,
                 batch.shape,
@@ -268,6 +278,15 @@ class FusedConv2d(_Run):
         return ConvBlock(
             conv.weight.data, bias, self._relu, self._pool, conv.stride, conv.padding
         )
+
+    def pack_filters(self, x_shape, gather):
+        conv, self._packed = self.parts[0], None
+        weight = conv.weight
+        if self._is_fused(weight.device, x_shape):
+            self._packed = fused.pack_filter(
+                weight.data, x_shape, self._pool, conv.stride, conv.padding
+            )
+        return {} if self._packed is None else {weight: self._packed}
 
     def kernels(self, x_shape, input_grad, machine, precision, gather=False):
         conv = self.parts[0]
@@ -288,9 +307,8 @@ class FusedConv2d(_Run):
     def _fused_forward(self, x, weight, bias):
         conv = self.parts[0]
         x, batch = _with_batch(x)
-        y, code = fused.conv_block_forward(
-            x, weight, bias, self._relu, self._pool, conv.stride, conv.padding
-        )
+        geometry = self._relu, self._pool, conv.stride, conv.padding
+        y, code = fused.conv_block_forward(x, weight, bias, *geometry, self._packed)
         self._saved = batch, y, code
         return y
 
@@ -346,6 +364,8 @@ class FusedConvPair(_Run):
     Where there is no such kernel each runs for itself.
     """
 
+    _packed = None  # the second filter, as of FusedConv2d
+
     def __init__(self, first, second):
         super().__init__([*first.parts, *second.parts])
         self._runs = first, second
@@ -359,16 +379,27 @@ class FusedConvPair(_Run):
         for run in self._runs:
             run.partials = partials
 
-    def _is_fused(self, x):
+    def _is_fused(self, device, x_shape, gather=False):
         first, second = self._runs
-        return first._is_fused(x) and fused.conv_pair_supported(
-            x.device,
+        return first._is_fused(device, x_shape) and fused.conv_pair_supported(
+            device,
             get_precision(),
-            x.shape,
+            x_shape,
             first.block().geometry,
             second.block().geometry,
-            isinstance(x, Gather),
+            gather,
         )
+
+    def pack_filters(self, x_shape, gather):
+        first, second = self._runs
+        weight = second.parts[0].weight
+        if self._is_fused(weight.device, x_shape, gather):
+            blocks = first.block(), second.block()
+            self._packed = fused.pack_pair_filter(x_shape, *blocks, gather)
+            return {weight: self._packed}
+        self._packed = None
+        y_shape = _output_shape(first, x_shape)
+        return first.pack_filters(x_shape, gather) | second.pack_filters(y_shape, False)
 
     def kernels(self, x_shape, input_grad, machine, precision, gather=False):
         first, second = self._runs
@@ -395,10 +426,12 @@ class FusedConvPair(_Run):
             x = x.made()
         if not isinstance(x, Gather):
             x = as_input(first.parts[0], x, first.parts[0].weight.data.device)
-        if not self._is_fused(x):
+        if not self._is_fused(x.device, x.shape, isinstance(x, Gather)):
             return second.forward(first.forward(x))
         x, batch = _with_batch(x)
-        y1, code1, y2, code2 = fused.conv_pair_forward(x, first.block(), second.block())
+        y1, code1, y2, code2 = fused.conv_pair_forward(
+            x, first.block(), second.block(), self._packed
+        )
         first._saved, second._saved = (batch, y1, code1), (y1, y2, code2)
         return y2
 
@@ -415,9 +448,9 @@ class FusedConvPair(_Run):
 class FusedLinear(_Run):
     """y = relu(x W^T + b) in one kernel; ReLU may be missing."""
 
-    def _is_fused(self, x):
+    def _is_fused(self, device, x_shape):
         # what does not fit is refused by the layer itself, in its own words
-        return x.ndim == 2 and fused.linear_block_supported(x.device)
+        return len(x_shape) == 2 and fused.linear_block_supported(device)
 
     def kernels(self, x_shape, input_grad, machine, precision, gather=False):
         linear = self.parts[0]
@@ -579,6 +612,37 @@ class Objective:
         finally:
             for run in runs:
                 run.partials = None
+
+    def pack_filters(self, x_shape, gather=False) -> dict:
+        """Have the filters of convolutions packed ahead, for batches of a shape.
+
+        A forward pass then needs no launches to pack them. Whoever changes a filter
+        must see to it that its packed copy is renewed: :meth:`PackedFilter.refresh`, or
+        a step of :meth:`cycnn.optim.Optimizer.partial_step`.
+
+        Parameters
+        ----------
+        x_shape : tuple of int
+        gather : bool
+            As in :meth:`kernels`.
+
+        Returns
+        -------
+        dict
+            ``{Parameter: PackedFilter}``, of the precision that is set.
+        """
+        packed = {}
+        for i, layer in enumerate(self._layers()):
+            try:
+                y_shape = _output_shape(layer, x_shape)
+            except ShapeError:  # the layer says so itself when it runs
+                break
+            if isinstance(layer, _Run):
+                packed |= layer.pack_filters(x_shape, gather and i == 0)
+            x_shape = y_shape
+            if x_shape is None:
+                break
+        return packed
 
     def kernels(self, x_shape, machine=None, precision=None, gather=False) -> list:
         """The kernels that the fused layers run in a step, found without running any.

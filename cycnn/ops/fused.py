@@ -142,6 +142,19 @@ def tail_supported(device, inputs, hidden, classes) -> bool:
     return _modules()[0].tail_supported(inputs, hidden, classes, device.index)
 
 
+def pack_filter(weight, x_shape, pool, stride, padding):
+    """A filter packed ahead for :func:`conv_block_forward`, or None if it needs none.
+
+    See :class:`cycnn.ops.fused_cuda_forward.PackedFilter`.
+    """
+    return _modules()[0].pack_filter(weight, x_shape, pool, stride, padding)
+
+
+def pack_pair_filter(x_shape, first, second, gather):
+    """The filter of ``second`` packed ahead for :func:`conv_pair_forward`."""
+    return _modules()[0].pack_pair_filter(x_shape, first, second, gather)
+
+
 def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None):
     return _modules()[0].conv_block_forward(
         x, weight, bias, relu, pool, stride, padding, packed

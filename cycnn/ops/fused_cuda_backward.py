@@ -455,6 +455,12 @@ def head_backward_partials(dlogits, x, weight, need_dx=True):
 
 # Update
 
+# Entry of update.cu
+_ENTRY = np.dtype(
+    [(name, "i8") for name in ("offset", "count", "partials", "splits", "first_block")]
+    + [("packed", "i8"), ("layout", "i4", 7), ("unused", "i4")]
+)
+
 
 class Updater:
     """Sums of partial gradients and the optimizer's step, for a slab in one launch.
@@ -471,7 +477,7 @@ class Updater:
 
     def __init__(self, parameters, device):
         self._entries, self._device = parameters, device
-        self._table = empty_on_gpu((parameters, 10), _INT32, device)
+        self._table = empty_on_gpu((parameters, _ENTRY.itemsize // 4), _INT32, device)
 
     def plan(self, entries) -> None:
         """Say where the partial gradients are; :meth:`upload` tells the GPU.
@@ -480,19 +486,22 @@ class Updater:
 
         Parameters
         ----------
-        entries : sequence of (int, Tensor)
+        entries : sequence of (int, Tensor, PackedFilter or None)
             For each parameter the offset of its first number in the slabs, a multiple
             of 4, and its partial gradients (splits, *shape). They must be in place
-            whenever the step runs.
+            whenever the step runs. A packed filter is written, too.
         """
         rows, first = [], 0
-        for offset, partials in entries:
+        for offset, partials, packed in entries:
             splits = partials.shape[0]
             count = partials.size // splits
-            rows.append((offset, count, partials.ptr, splits, first))
+            to, layout = 0, (0,) * 7
+            if packed is not None:
+                to, layout = packed.data.ptr, packed.layout[:7]
+            rows.append((offset, count, partials.ptr, splits, first, to, layout, 0))
             first += _sum_blocks(count, splits)
         self._blocks = first
-        self._rows = np.array(rows, np.int64).view(np.int32)
+        self._rows = np.array(rows, _ENTRY).view(np.int32).reshape(self._table.shape)
 
     def upload(self) -> None:
         """Make what :meth:`plan` was told known to the GPU."""

@@ -79,6 +79,31 @@ class ConvShape(NamedTuple):
         return p // self.pool[0], q // self.pool[1]
 
 
+class FilterLayout(NamedTuple):
+    """Where ``conv_pack_filter`` puts the numbers of a filter (K, C, R, S).
+
+    Filters are packed alike for all kernels that have the same layout.
+    """
+
+    mode: int
+    channels: int  # C
+    taps: int  # R S
+    slot_taps: int  # of a slot of the ring
+    quads: int  # units of channels in a chunk
+    outputs: int  # K of a tile
+    chunks: int
+    tiles: int  # along K
+
+    @property
+    def threads(self) -> int:
+        """One for each 16 bytes; in "fp32" for each pair, big and small halves."""
+        return self.tiles * self.outputs * self.chunks * self.quads * self.taps
+
+    @property
+    def words(self) -> int:
+        return 4 * self.threads * (2 if self.mode == 0 else 1)
+
+
 class Plan(NamedTuple):
     """How a kernel is compiled and launched."""
 
@@ -90,8 +115,7 @@ class Plan(NamedTuple):
     images: int  # a block's
     tiles: int  # blocks for a group of images
     channel_tiles: int
-    packed_units: int = 0  # 16 bytes each, of the packed filter
-    pack_threads: int = 0
+    layout: FilterLayout | None = None  # of the packed filter, if it takes one
 
     @property
     def definitions(self) -> tuple:
@@ -368,8 +392,6 @@ def block_plan(shape, tile, mode):
     quad = 8 if mode == 2 else 4
     p, q = shape.pooled
     channel_tiles = ceil_div(shape.K, tile.TK)
-    quads = _round_up(ceil_div(shape.C, quad), tile.CQ)
-    units = channel_tiles * tile.TK * quads * shape.R * shape.S
     return Plan(
         "conv_block_forward",
         (
@@ -384,8 +406,16 @@ def block_plan(shape, tile, mode):
         tile.IM,
         ceil_div(p, tile.TP // shape.pool[0]) * ceil_div(q, tile.TQ // shape.pool[1]),
         channel_tiles,
-        units * (2 if mode == 0 else 1),
-        units,
+        FilterLayout(
+            mode,
+            shape.C,
+            shape.R * shape.S,
+            tile.W_ROWS * shape.S,
+            tile.CQ,
+            tile.TK,
+            ceil_div(shape.C, quad * tile.CQ),
+            channel_tiles,
+        ),
     )
 
 
@@ -654,7 +684,7 @@ def _kernels(plan, name, signature):
     definitions = plan.definitions
     run = Kernel(plan.library, name, signature, definitions, plan.specific)
     pack = None
-    if plan.packed_units:
+    if plan.layout is not None:
         pack = Kernel(
             plan.library, "conv_pack_filter", "PP", definitions, plan.specific
         )
@@ -763,36 +793,64 @@ def _unsupported(what, *given):
     )
 
 
-def _pack(kernels, weight):
-    """The filter as the kernels want it, in a new tensor."""
-    packed = empty_on_gpu((4 * kernels.plan.packed_units,), _FLOAT32, weight.device)
-    kernels.pack(
-        _get(weight.device.index).compute,
-        ceil_div(kernels.plan.pack_threads, 256),
-        256,
-        weight,
-        packed,
-        dependent=True,
-    )
-    return packed
+class PackedFilter:
+    """A filter as some kernels want it, kept beside the filter itself.
+
+    A kernel that is given none packs the filter for itself, in a launch of its own.
+    Whoever changes the filter packs it anew, with :meth:`refresh` or, as
+    :class:`~cycnn.ops.fused_cuda_backward.Updater` does, where it writes the filter.
+
+    Attributes
+    ----------
+    data : Tensor
+    layout : FilterLayout
+    settled : bool
+        Whether some other kernel is queued between the one that wrote it last and the
+        next one that reads it. That one may then fetch it before the kernel ahead has
+        finished.
+    """
+
+    def __init__(self, kernels, weight):
+        self._kernel, self._weight = kernels.pack, weight
+        self.layout = kernels.plan.layout
+        self.data = empty_on_gpu((self.layout.words,), _FLOAT32, weight.device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Pack the filter as it is now."""
+        self.settled = False
+        self._kernel(
+            _get(self._weight.device.index).compute,
+            ceil_div(self.layout.threads, 256),
+            256,
+            self._weight,
+            self.data,
+            dependent=True,
+        )
+
+
+def _packed(kernels, weight, kept):
+    """``kept`` if it is what the kernels want, else the filter packed now."""
+    if kept is not None and kept.layout == kernels.plan.layout:
+        return kept
+    return PackedFilter(kernels, weight)
 
 
 def pack_filter(weight, x_shape, pool, stride=(1, 1), padding=(0, 0)):
     """The packed filter for :func:`conv_block_forward` of an x of this shape.
 
-    Packing ahead, for instance where the filter is updated, takes a launch out of the
-    forward pass. Valid for this batch, precision and filter.
+    Packing ahead takes a launch out of the forward pass.
 
     Returns
     -------
-    Tensor or None
+    PackedFilter or None
         None where the kernel takes the filter as it is.
     """
     block = weight.shape, None, True, pool, stride, padding
     _, kernels = _conv(x_shape, block, weight.device.index, get_precision())
     if kernels is None:
         raise _unsupported("a convolution of", x_shape, weight.shape)
-    return None if kernels.pack is None else _pack(kernels, weight)
+    return None if kernels.pack is None else PackedFilter(kernels, weight)
 
 
 def conv_block_forward(
@@ -810,9 +868,9 @@ def conv_block_forward(
         Height and width of the windows, which are also their distance. Rows and columns
         left over are dropped.
     stride, padding : tuple of int
-    packed : Tensor or None
-        What :func:`pack_filter` returned, complete before the kernel ahead of this one
-        started: some other kernel was queued in between.
+    packed : PackedFilter or None
+        The same filter, packed; used if it is packed for this precision and about this
+        batch.
 
     Returns
     -------
@@ -842,9 +900,8 @@ def conv_block_forward(
         plan = kernels.plan
         arguments = *(x.arguments if gather else (x,)), weight, bias, y, code
         if kernels.pack is not None:
-            settled = packed is not None
-            packed = packed if settled else _pack(kernels, weight)
-            arguments = x, packed, bias, y, code, n, settled
+            packed = _packed(kernels, weight, packed)
+            arguments = x, packed.data, bias, y, code, n, packed.settled
         kernels.run(
             _get(device.index).compute,
             plan.grid(n),
@@ -894,7 +951,7 @@ def pack_pair_filter(x_shape, first, second, gather=False):
     kernels = _pair(*given)[2]
     if kernels is None:
         raise _unsupported("convolutions of", x_shape, first.geometry, second.geometry)
-    return _pack(kernels, second.weight)
+    return PackedFilter(kernels, second.weight)
 
 
 def conv_pair_forward(x, first, second, packed=None):
@@ -906,8 +963,8 @@ def conv_pair_forward(x, first, second, packed=None):
     ----------
     x : Tensor (N, C, H, W) or Gather
     first, second : ConvBlock
-    packed : Tensor or None
-        What :func:`pack_pair_filter` returned; see :func:`conv_block_forward`.
+    packed : PackedFilter or None
+        Of ``second``; see :func:`conv_block_forward`.
 
     Returns
     -------
@@ -940,8 +997,7 @@ def conv_pair_forward(x, first, second, packed=None):
     n = x.shape[0]
     if n:
         plan = kernels.plan
-        settled = packed is not None
-        packed = packed if settled else _pack(kernels, second.weight)
+        packed = _packed(kernels, second.weight, packed)
         kernels.run(
             _get(device.index).compute,
             plan.grid(n),
@@ -951,12 +1007,12 @@ def conv_pair_forward(x, first, second, packed=None):
             first.bias,
             y1,
             code1,
-            packed,
+            packed.data,
             second.bias,
             y2,
             code2,
             n,
-            settled,
+            packed.settled,
             shared=plan.shared,
             dependent=True,
         )

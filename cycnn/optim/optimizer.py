@@ -76,9 +76,10 @@ class PartialStep:
     Made by :meth:`Optimizer.partial_step`. The gradients are written, too.
     """
 
-    def __init__(self, optimizer, updaters):
+    def __init__(self, optimizer, updaters, packed):
         self._optimizer = optimizer
         self._updaters = updaters
+        self._packed = packed
 
     def run(self, partials, recording=False) -> None:
         """One step.
@@ -97,11 +98,14 @@ class PartialStep:
                 parts = partials.get(parameter)
                 if parts is None:
                     parts = parameter.grad.reshape(1, *parameter.shape)
-                entries.append((parameter.offset - run.start, parts))
+                packed = self._packed.get(parameter)
+                entries.append((parameter.offset - run.start, parts, packed))
             updater.plan(entries)
             if not recording:
                 updater.upload()
             self._optimizer._update_from(updater, run)
+        for packed in self._packed.values():
+            packed.settled = True
 
     def upload(self) -> None:
         """Tell the GPU where the parts are that a recorded step reads."""
@@ -239,13 +243,22 @@ class Optimizer:
         for run in runs:
             self._update(ops, run)
 
-    def partial_step(self):
-        """A :class:`PartialStep` of this optimizer, or None where there is none."""
+    def partial_step(self, packed=()):
+        """A :class:`PartialStep` of this optimizer, or None where there is none.
+
+        Parameters
+        ----------
+        packed : dict, optional
+            ``{Parameter: PackedFilter}``: filters which the step is to pack anew, see
+            :meth:`cycnn.nn.Objective.pack_filters`. After it must come another kernel.
+        """
         updaters = [
             fused.updater(len(run.parameters), run.data.device) for run in self.runs
         ]
         known = type(self)._update_from is not Optimizer._update_from
-        return PartialStep(self, updaters) if known and all(updaters) else None
+        if not known or not all(updaters):
+            return None
+        return PartialStep(self, updaters, dict(packed))
 
     def zero_grad(self) -> None:
         """Set all gradients to zero; needed only before ``accumulate=True``."""

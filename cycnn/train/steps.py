@@ -56,6 +56,9 @@ class Steps:
         """One step: forward, loss, backward, update."""
         raise NotImplementedError
 
+    def parameters_changed(self) -> None:
+        """Somebody else may have changed the parameters amid an epoch."""
+
     def end_epoch(self) -> None:
         """Let go of what the epoch needed; called however the epoch ends."""
 
@@ -150,6 +153,8 @@ class CapturedSteps(Steps):
             lr=None,
         )
         self.graphs = {}
+        # filters in the form that kernels read, which each update writes as well
+        self.packed = {}
         self.recorded_with = None
 
     def begin_epoch(self, tally, epoch, first, total):
@@ -162,7 +167,9 @@ class CapturedSteps(Steps):
         now = self._signature()
         if now != self.recorded_with:
             self.graphs.clear()
+            self.packed = self._pack_filters()
             self.recorded_with = now
+        self.parameters_changed()
         rates = self.feed.rates
         if trainer.schedule is not None and rates is None:
             table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
@@ -178,7 +185,7 @@ class CapturedSteps(Steps):
         if graph is None:
             graph = self.graphs[count] = new_graph(self.loader.device)
             # with fused layers, the update adds up the parts of the gradients itself
-            graph.keep = self.trainer.optimizer.partial_step() if self.fused else None
+            graph.keep = self._partial_step(self.packed)
             graph.rehearse(lambda: self._whole_step(count, graph.keep))
         else:
             if not graph.recorded:
@@ -187,6 +194,20 @@ class CapturedSteps(Steps):
         self.tally.count(count)
         self.left -= count
         self.step += 1
+
+    def parameters_changed(self):
+        for packed in self.packed.values():
+            packed.refresh()
+
+    def _pack_filters(self):
+        if self._partial_step() is None:
+            return {}
+        images = self.loader.dataset.images.shape
+        shape = min(self.loader.batch_size, images[0]), *images[1:]
+        return self.objective.pack_filters(shape, self.gather)
+
+    def _partial_step(self, packed=()):
+        return self.trainer.optimizer.partial_step(packed) if self.fused else None
 
     def _record(self, graph, count):
         update = graph.keep

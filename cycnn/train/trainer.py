@@ -370,6 +370,7 @@ class Trainer:
             tally.restore(self._partial)
             self._partial = None
         watchers = [c for c in callbacks if hasattr(c, "on_step_end")]
+        meddling = any(type(watcher) is not ProgressBar for watcher in watchers)
         self.model.train()
         self._started = time.perf_counter()
         total = self.epochs * self.steps_per_epoch
@@ -382,6 +383,8 @@ class Trainer:
                 guard.leave_step()
                 for watcher in watchers:
                     watcher.on_step_end(self)
+                if meddling:
+                    steps.parameters_changed()
         finally:
             steps.end_epoch()
 

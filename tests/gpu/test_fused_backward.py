@@ -252,7 +252,7 @@ class TestUpdater:
         entries, at, parts = [], 0, []
         for seed, (count, splits) in enumerate(zip(self.COUNTS, self.SPLITS)):
             parts.append((at, normal(seed, splits, count)))
-            entries.append((at, on_gpu(parts[-1][1])))
+            entries.append((at, on_gpu(parts[-1][1]), None))
             at += -(-count // 64) * 64
         updater = fused.Updater(len(entries), cycnn.device("cuda"))
         updater.plan(entries)
@@ -306,6 +306,37 @@ class TestUpdater:
             given[0].numpy()[used], want[used], rtol=0, atol=5e-6
         )
         np.testing.assert_allclose(given[1].numpy()[used], want_buffer[used], atol=2e-5)
+
+
+    @pytest.mark.parametrize("splits", [1, 5, 33])
+    @pytest.mark.parametrize(
+        "x_shape, w_shape, pool",
+        [
+            ((128, 32, 12, 12), (64, 32, 5, 5), (2, 2)),
+            ((20, 40, 4, 4), (72, 40, 3, 3), None),
+            ((6, 33, 7, 5), (17, 33, 2, 3), None),
+        ],
+    )
+    def test_packs_filters(self, fused, precision, x_shape, w_shape, pool, splits):
+        from cycnn.ops import fused_cuda_forward as forward
+
+        size = int(np.prod(w_shape))
+        slab = on_gpu(normal(1, -(-size // 64) * 64 + 64))
+        weight = slab[:size].reshape(*w_shape)
+        packed = forward.pack_filter(weight, x_shape, pool)
+        before = packed.data.numpy()
+        partials = on_gpu(normal(2, splits, size)), on_gpu(normal(3, 1, 10))
+        updater = fused.Updater(2, slab.device)
+        updater.plan([(0, partials[0], packed), (slab.size - 64, partials[1], None)])
+        updater.upload()
+        lr = Tensor(np.float32(0.01), "cuda")
+        updater.sgd(slab, None, None, lr, 0.0, 1e-4, False)
+        found = packed.data.numpy()
+        assert not np.array_equal(found, before)
+        packed.refresh()
+        np.testing.assert_array_equal(
+            found.view(np.int32), packed.data.numpy().view(np.int32)
+        )
 
 
 def test_supported(fused):
