@@ -1,4 +1,4 @@
-// One output element for one input element: fill, add, ReLU, sigmoid.
+// One output element for one input element: fill, copy, add, ReLU, sigmoid.
 //
 // Launch: any one-dimensional grid and block; the loops stride over the grid. n >= 0
 // elements. Four elements go in one 16-byte access where all addresses allow it.
@@ -52,6 +52,11 @@ extern "C" __global__ void fill_int32(int* x, int value, int64 n) {
 extern "C" __global__ void fill_uint8(uint8* x, int value, int64 n) {
 #pragma unroll 1
   for (int64 i = grid_thread(); i < n; i += grid_threads()) x[i] = (uint8)value;
+}
+
+// out = x, bit for bit; out may be pinned memory of the host
+extern "C" __global__ void copy(float* out, const float* x, int64 n) {
+  map(out, x, n, [](float a) { return a; });
 }
 
 // out = x + y; out may be x or y

@@ -177,24 +177,30 @@ def _own_machines():
 
 
 def _reference_requests(arch, processors, options):
-    """What :func:`gpu.compile.load` is asked for when the reference network trains."""
+    """What :func:`gpu.compile.load` is asked for by the reference network.
+
+    When it trains, is evaluated, and predicts one image.
+    """
     from . import nn
+    from .nn.fuse import forward_kernels
+    from .nn.inference import BATCH
     from .ops import fused
 
     machine = fused.machine(arch, processors)
     objective = nn.Objective(nn.reference_network(), nn.NLLLoss(), fused=True)
     batches = {options.batch_size, _IMAGES % options.batch_size} - {0}
-    return list(
-        dict.fromkeys(
-            kernel.request(arch)
-            for precision in options.precision
-            for batch in sorted(batches)
-            for gather in (True, False)  # captured steps, and eager ones
-            for kernel in objective.kernels(
-                (batch, 1, 28, 28), machine, precision, gather
-            )
-        )
-    )
+    kernels = [
+        kernel
+        for precision in options.precision
+        for batch in sorted(batches)
+        for gather in (True, False)  # captured steps, and eager ones
+        for kernel in objective.kernels((batch, 1, 28, 28), machine, precision, gather)
+    ]
+    for precision in options.precision:
+        for batch in (BATCH, 1):
+            shape = batch, 1, 28, 28
+            kernels += forward_kernels(objective.model, shape, machine, precision)
+    return list(dict.fromkeys(kernel.request(arch) for kernel in kernels))
 
 
 def _cache_text():

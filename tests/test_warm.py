@@ -18,6 +18,7 @@ from cycnn import cli, nn
 from cycnn.errors import CompileError
 from cycnn.gpu import cache
 from cycnn.gpu import compile as kernel_compile
+from cycnn.nn.fuse import forward_kernels
 from cycnn.ops import fused
 from cycnn.ops import fused_cuda_backward as backward
 from cycnn.ops import fused_cuda_forward as forward
@@ -158,6 +159,7 @@ class RecordingKernel:
     launched = set()
 
     def __init__(self, library, name, signature, options=(), specific=False):
+        self.library = library
         self.what = library, tuple(options), bool(specific)
 
     def __call__(self, *_arguments, **_options):
@@ -239,6 +241,26 @@ def test_the_listed_kernels_are_those_launched(
         cycnn.set_precision("fp32")
     assert {kernel.what for kernel in listed} == launched
     assert len(launched) > 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize(
+    "network, shape",
+    [(nn.reference_network, (2000, 1, 28, 28)), (vgg_like, (1, 3, 14, 14))],
+)
+def test_the_listed_kernels_of_predictions_are_those_launched(
+    launched, network, shape, precision
+):
+    model = nn.fuse(network())
+    machine = fused.machine("sm_90", 132)
+    listed = forward_kernels(model, shape, machine, precision)
+    cycnn.set_precision(precision)
+    try:
+        model(empty(shape, device="cpu"))
+    finally:
+        cycnn.set_precision("fp32")
+    assert {kernel.what for kernel in listed} == launched
+    assert len(launched) > 2
 
 
 def test_the_reference_network_needs_what_the_plans_say():

@@ -6,7 +6,8 @@ Three roads lead to the same numbers:
 - on a GPU, a set that fits stays there as it is stored (MNIST: 47 MB of uint8) and a
   kernel gathers and normalises from it;
 - a larger one streams: a thread puts the raw rows of the next batches into pinned
-  memory, one copy takes images and labels to the GPU while it computes.
+  memory, one copy takes images and labels to the GPU while it computes. Recorded steps
+  have a :class:`~.window.Window` for that.
 """
 
 from __future__ import annotations

@@ -273,12 +273,15 @@ def fill_pattern(
         )
 
 
-def copy_from_host(uintptr_t address, array, int device_index):
-    """Copy a C-contiguous array to the device, after what the compute stream holds.
+def copy_from_host(
+    uintptr_t address, array, int device_index, Stream stream=None
+):
+    """Copy a C-contiguous array to the device, after what the stream holds.
 
-    The array may be changed as soon as this returns.
+    The array may be changed as soon as this returns. The stream is the compute stream
+    unless another one is given.
     """
-    cdef Device device = get(device_index)
+    cdef Stream queue = get(device_index).compute if stream is None else stream
     cdef const unsigned char[::1] source = _bytes_of(array)
     cdef size_t nbytes = source.shape[0]
     cdef cyruntime.cudaError_t status
@@ -290,11 +293,11 @@ def copy_from_host(uintptr_t address, array, int device_index):
             &source[0],
             nbytes,
             cyruntime.cudaMemcpyKind.cudaMemcpyHostToDevice,
-            device.compute.handle,
+            queue.handle,
         )
         # From pageable memory the driver may still be reading when the call returns
         if status == cyruntime.cudaError_t.cudaSuccess:
-            status = cyruntime.cudaStreamSynchronize(device.compute.handle)
+            status = cyruntime.cudaStreamSynchronize(queue.handle)
     check(status, "cudaMemcpyAsync (host to device)")
 
 

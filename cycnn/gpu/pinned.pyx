@@ -11,6 +11,7 @@ import numpy as np
 
 from cuda.bindings cimport cyruntime
 from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport uintptr_t
 
 from ._check cimport check
 from .device cimport Device, get
@@ -21,6 +22,8 @@ from .stream cimport Event, Stream, context_epoch
 @cython.no_gc_clear
 cdef class PinnedBuffer:
     """Page-locked host memory; supports the buffer protocol.
+
+    Kernels of every GPU can read and write it, over the bus.
 
     Parameters
     ----------
@@ -51,6 +54,11 @@ cdef class PinnedBuffer:
                 "cudaHostAlloc",
             )
 
+    @property
+    def ptr(self):
+        """Address of the first byte, for the host and for kernels."""
+        return <uintptr_t>self.address
+
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.address, self.nbytes, 0, flags)
 
@@ -66,10 +74,12 @@ cdef class Slot:
     ----------
     array : ndarray of uint8, shape (nbytes,)
         The slot's memory.
+    copied : Event
+        When the last copy out of the slot is done.
     """
 
     cdef PinnedBuffer buffer
-    cdef Event copied
+    cdef readonly Event copied
     cdef readonly object array
 
     def __init__(self, size_t nbytes, int device_index):
@@ -128,25 +138,40 @@ cdef class PinnedRing:
         -------
         DeviceBuffer
         """
-        if nbytes > self.nbytes:
-            raise ValueError(f"the slots hold {self.nbytes} bytes, got {nbytes}")
         cdef DeviceBuffer target = DeviceBuffer(nbytes, self.device.index)
-        cdef Stream copy = self.device.copy
-        if nbytes == 0:
-            return target
         # The memory was allocated in the order of the compute stream, so the copy must
         # follow that point of it.
-        copy.wait_stream(self.device.compute)
-        check(
-            cyruntime.cudaMemcpyAsync(
-                <void*>target.address,
-                slot.buffer.address,
-                nbytes,
-                cyruntime.cudaMemcpyKind.cudaMemcpyHostToDevice,
-                copy.handle,
-            ),
-            "cudaMemcpyAsync (pinned host to device)",
-        )
-        slot.copied.record(copy)
+        self.device.copy.wait_stream(self.device.compute)
+        self.send(slot, ((0, nbytes, target.ptr),))
         self.device.compute.wait(slot.copied)
         return target
+
+    def send(self, Slot slot not None, pieces):
+        """Queue copies of parts of the slot on the copy stream, and ``slot.copied``.
+
+        Parameters
+        ----------
+        slot : Slot
+        pieces : sequence of (int, int, int)
+            Offset in the slot, number of bytes, and device address of each.
+        """
+        cdef size_t offset, nbytes
+        cdef uintptr_t target
+        for offset, nbytes, target in pieces:
+            if offset + nbytes > self.nbytes:
+                raise ValueError(
+                    f"the slots hold {self.nbytes} bytes, got {offset + nbytes}"
+                )
+            if nbytes == 0:
+                continue
+            check(
+                cyruntime.cudaMemcpyAsync(
+                    <void*>target,
+                    <char*>slot.buffer.address + offset,
+                    nbytes,
+                    cyruntime.cudaMemcpyKind.cudaMemcpyHostToDevice,
+                    self.device.copy.handle,
+                ),
+                "cudaMemcpyAsync (pinned host to device)",
+            )
+        slot.copied.record(self.device.copy)

@@ -4,6 +4,7 @@ from . import init
 from .activation import LogSoftmax, ReLU, Sigmoid
 from .conv import Conv2d
 from .fuse import Objective, fuse
+from .inference import Predictor
 from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
@@ -24,6 +25,7 @@ __all__ = [
     "NLLLoss",
     "Objective",
     "Parameter",
+    "Predictor",
     "ReLU",
     "Sequential",
     "Sigmoid",

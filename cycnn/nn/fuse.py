@@ -41,14 +41,18 @@ def fuse(model) -> Layer:
         For a Sequential, its layers with these runs replaced: Conv2d (of one group,
         without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
         padding), the last two if they are there; two of these, the first of few input
-        channels; Linear and ReLU. Any other model comes back unchanged.
+        channels; Linear and ReLU. Any other model comes back unchanged, a Sequential
+        with a forward of its own among them.
 
     Notes
     -----
     What a device has no fused kernel for, all of the CPU among it, runs as the layers
     that were replaced.
     """
-    if not isinstance(model, Sequential):
+    if not isinstance(model, Sequential) or (
+        (type(model).forward, type(model).backward)
+        != (Sequential.forward, Sequential.backward)
+    ):
         return model
     layers = _flat(model)
     result = []
@@ -150,6 +154,9 @@ class _Run(Layer):
 
     def _walk(self, prefix=""):
         return [found for part in self.parts for found in part._walk(prefix)]
+
+    def _children(self):
+        return [(str(i), part) for i, part in enumerate(self.parts)]
 
     def forward(self, x):
         parameters = self.parts[0].weight.data, self.parts[0].bias
@@ -378,6 +385,9 @@ class FusedConvPair(_Run):
     def partials(self, partials):
         for run in self._runs:
             run.partials = partials
+
+    def _children(self):
+        return [(str(i), run) for i, run in enumerate(self._runs)]
 
     def _is_fused(self, device, x_shape, gather=False):
         first, second = self._runs
@@ -745,6 +755,23 @@ class Objective:
                 self._body._forget()
                 return
         self._body.backward(dy, input_grad=False)
+
+
+def forward_kernels(layers, x_shape, machine, precision) -> list:
+    """The kernels of fused layers' forward pass alone; see :meth:`Objective.kernels`."""
+    found = []
+    for layer in layers:
+        try:
+            y_shape = _output_shape(layer, x_shape)
+        except ShapeError:  # the layer says so itself when it runs
+            break
+        if isinstance(layer, _Run):
+            made = layer.kernels(x_shape, False, machine, precision)
+            found += [kernel for kernel in made if kernel.library.endswith("_forward")]
+        x_shape = y_shape
+        if x_shape is None:
+            break
+    return list(dict.fromkeys(found))
 
 
 def _output_shape(layer, shape):

@@ -48,6 +48,7 @@ class Layer:
     _device = None
     _next = None
     _previous = None
+    _predictor = None
 
     def __call__(self, x):
         return self.forward(x)
@@ -57,6 +58,43 @@ class Layer:
 
     def backward(self, dy, input_grad=True, accumulate=False):
         raise NotImplementedError(f"{type(self).__name__} does not define backward")
+
+    def predict(self, x, batch_size=None):
+        """The output for ``x``, as fast as it can be had.
+
+        The layer is used in evaluation mode, and nothing is remembered: a backward that
+        is still to come finds what the last forward left. On a GPU the layers are fused
+        (:func:`fuse`), and from the third time on that ``x`` has a certain shape the
+        whole is replayed as one CUDA graph. :class:`~cycnn.nn.Predictor` says what
+        layers of one's own, and programs of several threads, have to know.
+
+        Parameters
+        ----------
+        x : Tensor or array_like
+            (N, ...) as for :meth:`forward`.
+        batch_size : int, optional
+            How many of the N run at a time. Default: 2000.
+
+        Returns
+        -------
+        Tensor or ndarray
+            A Tensor for a Tensor, else an array in host memory.
+        """
+        return (self._predictor or self._own_predictor())(x, batch_size)
+
+    def _own_predictor(self):
+        if self._predictor is None:
+            from .inference import Predictor
+
+            self._predictor = Predictor(self)
+        return self._predictor
+
+    def release(self) -> None:
+        """Free what :meth:`predict` keeps on a GPU: graphs, and memory for activations.
+
+        It is freed with the layer, too, and when the layer moves to another device.
+        """
+        self._predictor = None
 
     # its parts
 
@@ -144,10 +182,13 @@ class Layer:
             If a GPU is asked for and cannot be used.
         """
         device = as_device(device)
+        moves = device != self.device
         self.pack(device)
         for _, layer in [("", self), *self._descendants()]:
             layer._device = device
             layer._saved = None
+            if moves:
+                layer._predictor = None
         return self
 
     def train(self, mode=True):
@@ -244,7 +285,7 @@ class Layer:
 
     def __getstate__(self):
         # a copy is a layer on its own that has seen no forward yet
-        left_out = ("_saved", "_next", "_previous")
+        left_out = ("_saved", "_next", "_previous", "_predictor")
         return {k: v for k, v in vars(self).items() if k not in left_out}
 
     def __setstate__(self, state):
@@ -357,6 +398,11 @@ def _check(layer, x, what, device):
 
 
 def _converted(layer, x, what, device) -> Tensor:
+    return Tensor(as_floats(layer, x, what), device)
+
+
+def as_floats(layer, x, what) -> np.ndarray:
+    """An array of floating-point numbers, as they are; TypeError for any others."""
     array = np.asarray(x)
     if array.dtype.kind != "f":
         raise TypeError(
@@ -364,7 +410,7 @@ def _converted(layer, x, what, device) -> Tensor:
             f"numbers; convert (and scale) it first, for instance "
             f"x.astype('float32') / 255"
         )
-    return Tensor(array, device)
+    return array
 
 
 def _listed(names) -> str:

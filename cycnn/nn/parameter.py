@@ -37,7 +37,7 @@ class Slab:
         compares it with the count that it saw, rather than asking every parameter.
     """
 
-    __slots__ = ("data", "grad", "departures")
+    __slots__ = ("data", "grad", "departures", "__weakref__")
 
     def __init__(self, size, device):
         self.data = zeros((size,), device=device)

@@ -67,6 +67,7 @@ def _images(n, elements):
 _fill_float32 = Kernel("elementwise", "fill_float32", "Pfq")
 _fill_int32 = Kernel("elementwise", "fill_int32", "Piq")
 _fill_uint8 = Kernel("elementwise", "fill_uint8", "Piq")
+_copy = Kernel("elementwise", "copy", "PPq")
 _add = Kernel("elementwise", "add", "PPPq")
 _relu_forward = Kernel("elementwise", "relu_forward", "PPq")
 _relu_backward = Kernel("elementwise", "relu_backward", "PPPq")
@@ -84,6 +85,19 @@ def fill(x, value):
         kernel = _fill_int32 if x.dtype == _INT32 else _fill_uint8
         value = int(value)
     kernel(_get(x.device.index).compute, _strided(n), _BLOCK, x, value, n)
+
+
+def copy(x, out):
+    """out = x, by a kernel: sooner done than a copy to the host where it is small.
+
+    Parameters
+    ----------
+    x, out : float32 Tensor
+        Of one shape. ``out`` may lie in pinned memory of the host.
+    """
+    n = x.size
+    if n:
+        _copy(_get(x.device.index).compute, _vectors(n), _BLOCK, out, x, n)
 
 
 def add(x, y, out):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..data.window import Window
 from ..nn import Objective
 from ..ops import Feed, for_device, fused
 from ..precision import get_precision
@@ -142,11 +143,14 @@ class CapturedSteps(Steps):
         super().__init__(trainer, loader)
         device = loader.device
         self.ops = for_device(device)
+        # a set that does not fit streams through a window, in the order of the epoch
+        self.window = Window(loader) if loader.resident() is None else None
+        self.held = self.window or loader.resident()
         self.gather = loader.dataset.images.dtype == np.uint8
         self.feed = Feed(
             order=empty(len(loader.dataset), "int32", device),
             position=empty(2, "int32", device),
-            classes=loader.resident().labels,
+            classes=self.held.labels,
             index=empty(loader.batch_size, "int32", device),
             labels=empty(loader.batch_size, "int32", device),
             rates=None,
@@ -175,12 +179,21 @@ class CapturedSteps(Steps):
             table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
             rates = Tensor(np.array(table, np.float32), loader.device)
         self.feed = self.feed._replace(rates=rates, lr=trainer.optimizer.lr_tensor)
-        self.feed.order.copy_(loader.order(epoch))
         self.feed.position.copy_(np.array([done, self.step], np.int32))
+        if self.window is None:
+            self.feed.order.copy_(loader.order(epoch))
+        else:
+            self.feed.order.copy_(self.window.order())
+            self.window.begin(epoch, done)
+            self.window.reach(done, done + loader.batch_size)
         self.ops.begin_step(self.feed)
 
     def run_next(self):
         count = min(self.loader.batch_size, self.left)
+        if self.window is not None:
+            # a step reads its own images, and lays out the labels of the next one
+            done = len(self.loader.dataset) - self.left
+            self.window.reach(done, done + 2 * count)
         graph = self.graphs.get(count)
         if graph is None:
             graph = self.graphs[count] = new_graph(self.loader.device)
@@ -216,6 +229,8 @@ class CapturedSteps(Steps):
             update.upload()
 
     def end_epoch(self):
+        if self.window is not None:
+            self.window.end()
         trainer = self.trainer
         if trainer.schedule is None:
             return
@@ -229,7 +244,7 @@ class CapturedSteps(Steps):
     def _whole_step(self, count, update, recording=False):
         dataset, feed = self.loader.dataset, self.feed
         images = fused.Gather(
-            self.loader.resident().images,
+            self.held.images,
             feed.index[:count],
             dataset.scale,
             dataset.shift,

@@ -15,10 +15,11 @@ import time
 
 import numpy as np
 
-from .. import random
+from .. import random, shapes
 from ..data import ArrayDataset, DataLoader
 from ..errors import ShapeError
-from ..nn import LogSoftmax, Sequential
+from ..nn import LogSoftmax, Predictor, Sequential
+from ..nn.inference import BATCH
 from ..ops import for_device
 from ..tensor import Tensor, zeros
 from . import checkpoint
@@ -27,10 +28,6 @@ from .progress import ProgressBar
 from .steps import CapturedSteps, EagerSteps
 
 _log = logging.getLogger("cycnn")
-
-# What predict() runs at a time: enough to fill a large GPU, and the activations of
-# the reference network stay under 100 MB.
-_PREDICT_BATCH = 1000
 
 
 class Tally:
@@ -162,9 +159,8 @@ class Trainer:
         leaves the optimizer's learning rate alone.
     capture : bool, optional
         Record each training step as a CUDA graph and replay it, which gives the same
-        numbers in a fraction of the time. Default: on a GPU, where the training set
-        fits into its memory. Layers of one's own must then do the same operations in
-        every step, and not read results on the host.
+        numbers in a fraction of the time. Default: on a GPU. Layers of one's own must
+        then do the same operations in every step, and not read results on the host.
     fuse : bool, optional
         Train with fused layers, see :func:`cycnn.nn.fuse`: the same results up to
         rounding, faster. Default: on a GPU.
@@ -290,7 +286,7 @@ class Trainer:
         )
         test_loader = None
         if test is not None:
-            test_loader = DataLoader(test, _PREDICT_BATCH, device=device)
+            test_loader = DataLoader(test, BATCH, device=device)
         self.epochs, self.steps_per_epoch = epochs, len(loader)
         self._tally = Tally(device, batch_size)
         steps = self._steps(loader)
@@ -353,7 +349,7 @@ class Trainer:
         capture = self.capture
         if capture is None:
             capture = loader.device.is_cuda
-        if capture and loader.resident() is not None:
+        if capture:
             return CapturedSteps(self, loader)
         return EagerSteps(self, loader)
 
@@ -432,7 +428,7 @@ class Trainer:
 
     # using the model
 
-    def evaluate(self, dataset, batch_size=_PREDICT_BATCH) -> dict:
+    def evaluate(self, dataset, batch_size=BATCH) -> dict:
         """Mean loss and accuracy over a data set.
 
         Returns
@@ -445,7 +441,9 @@ class Trainer:
 
     def _evaluate(self, loader):
         tally = Tally(self.model.device, loader.batch_size)
-        for scores, labels in self._scores(loader):
+        predictor = self._predictor()
+        for images, labels in loader:
+            scores = predictor.scores(images, loader.batch_size)
             tally.add(self.loss(scores, labels), scores, labels)
             tally.count(len(labels))
         loss, accuracy = tally.read()
@@ -461,12 +459,16 @@ class Trainer:
             or tensor is taken as it is: floating-point numbers on the scale that the
             model was trained on.
         """
-        ops = for_device(self.model.device)
-        parts = [
-            ops.argmax(scores).numpy()
-            for scores, _ in self._scores(self._batches(images))
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        parts = []
+        for scores in self._outputs(images):
+            if isinstance(scores, Tensor):
+                parts.append(for_device(scores.device).argmax(scores))
+            else:
+                shapes.check_scores("the model's output", scores.shape)
+                parts.append(scores.argmax(1).astype(np.int32))
+        if not parts:
+            return np.empty(0, np.int32)
+        return np.concatenate([np.asarray(part) for part in parts])
 
     def predict_proba(self, images) -> np.ndarray:
         """The probability of each class for each image: float32, shape (N, classes).
@@ -479,36 +481,36 @@ class Trainer:
         images : ndarray, Tensor or data.ArrayDataset
             As for :meth:`predict`, at least one image.
         """
-        ops = for_device(self.model.device)
-        is_log = _ends_in_log_softmax(self.model)
+        device, is_log = self.model.device, _ends_in_log_softmax(self.model)
         parts = []
-        for scores, _ in self._scores(self._batches(images)):
-            log_probs = scores if is_log else ops.log_softmax_forward(scores)
-            parts.append(np.exp(log_probs.numpy()))
+        for scores in self._outputs(images):
+            if not is_log:
+                scores = for_device(device).log_softmax_forward(Tensor(scores, device))
+            parts.append(np.exp(np.asarray(scores)))
         if not parts:
             raise ShapeError("predict_proba needs at least one image, got none")
         return np.concatenate(parts)
 
-    def _batches(self, images):
+    def _predictor(self):
+        if self.fuse is False or self.capture is False:
+            return Predictor(self.model, self.fuse, self.capture)
+        return self.model._own_predictor()  # these are its defaults
+
+    def _outputs(self, images):
+        """The model's output for images, in evaluation mode: an array or Tensors."""
+        predictor = self._predictor()
         if isinstance(images, ArrayDataset):
-            yield from DataLoader(images, _PREDICT_BATCH, device=self.model.device)
+            for batch, _ in DataLoader(images, BATCH, device=self.model.device):
+                yield predictor.scores(batch)
             return
         if not isinstance(images, Tensor):
             images = np.asarray(images)
-        for start in range(0, len(images), _PREDICT_BATCH):
-            part = images[start : start + _PREDICT_BATCH]
-            yield Tensor(part, self.model.device), None
-
-    def _scores(self, batches):
-        """The model's output for each batch, in evaluation mode."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for images, labels in batches:
-                yield self.model(images), labels
-        finally:
-            if was_training:
-                self.model.train()
+            if images.dtype.kind != "f":
+                images = Tensor(images, self.model.device)  # which the layers refuse
+        elif images.device != self.model.device:
+            images = images.to(self.model.device)
+        if len(images):
+            yield predictor.scores(images)
 
     # checkpoints
 

@@ -1,6 +1,7 @@
 """CUDA graphs: recorded once, replayed with the same bits."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from training import digest, figures, make_trainer, patterns
 
 import cycnn
 from cycnn import data, nn, optim
+from cycnn.data import window
 from cycnn.errors import CudaError
 from cycnn.gpu import memory
 from cycnn.gpu.graph import Graph
@@ -136,12 +138,58 @@ def test_the_reference_network_captured():
     assert digests[0] == digests[1]
 
 
-def test_a_set_that_streams_trains_without_a_graph(monkeypatch):
+@pytest.fixture
+def nothing_fits(monkeypatch):
+    """Sets stream, through slots of a few batches each."""
+    monkeypatch.setattr(data.DataLoader, "resident", lambda self: None)
+    monkeypatch.setattr(window, "_SLOT_BYTES", 2 * 32 * 40)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 150, 1000])
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_set_that_streams_trains_as_one_that_stays(batch_size, capture, request):
     digests = []
     for streams in (False, True):
         if streams:
-            monkeypatch.setattr(data.DataLoader, "resident", lambda self: None)
+            request.getfixturevalue("nothing_fits")
         trainer = make_trainer(device="cuda")
-        trainer.fit(TRAIN, 2, 32, seed=5)
+        trainer.capture = capture
+        trainer.fit(TRAIN, 2, batch_size, seed=5)
         digests.append(digest(trainer))
     assert digests[0] == digests[1]
+
+
+def test_a_streamed_epoch_goes_on_where_it_was_interrupted(nothing_fits):
+    class Stop:
+        left = 0
+
+        def on_step_end(self, trainer):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+    whole, broken, stop = (
+        make_trainer(device="cuda"),
+        make_trainer(device="cuda"),
+        Stop(),
+    )
+    whole.fit(TRAIN, 2, 32, seed=5)
+    for stop.left in (1, 3, 5):
+        with pytest.raises(KeyboardInterrupt):
+            broken.fit(TRAIN, 2, 32, seed=5, callbacks=[stop])
+    broken.fit(TRAIN, 2, 32, seed=5)
+    assert digest(broken) == digest(whole)
+    assert not [t for t in threading.enumerate() if t.name == "cycnn-window"]
+
+
+def test_what_fails_while_streaming_is_raised(nothing_fits, monkeypatch):
+    trainer = make_trainer(device="cuda")
+
+    def fail(*args, **options):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(np, "take", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit(TRAIN, 1, 32, seed=5)
+    monkeypatch.undo()
+    trainer.fit(TRAIN, 1, 32, seed=5)
