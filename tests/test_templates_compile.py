@@ -11,9 +11,8 @@ import pytest
 pytest.importorskip("cuda.bindings.nvrtc")
 
 from cycnn.gpu import compile as kernel_compile
-from cycnn.ops import conv_backward_plan
+from cycnn.ops import conv_backward_plan, forward_plan
 from cycnn.ops import fused_cuda_backward as backward
-from cycnn.ops import fused_cuda_forward as forward
 
 PROCESSORS, BATCH = 132, 128
 MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
@@ -31,27 +30,27 @@ TARGETS = [("sm_90", mode) for mode in MODES] + [
 
 def block(shape):
     c, h, w, k, r, pool = shape
-    return forward.ConvShape(
+    return forward_plan.ConvShape(
         c, h, w, k, r, r, (1, 1), (0, 0), pool or (1, 1), True, True, pool is not None
     )
 
 
 def conv_forward(arch, mode, shape):
-    machine = forward.Machine(arch, PROCESSORS)
-    plan = forward.conv_plan(block(shape), BATCH, machine, MODES[mode])
+    machine = forward_plan.Machine(arch, PROCESSORS)
+    plan = forward_plan.conv_plan(block(shape), BATCH, machine, MODES[mode])
     return plan.library, plan.definitions, plan.specific
 
 
 def conv_pair(arch, mode, shapes, gather=True):
     first, second = map(block, shapes)
-    machine = forward.Machine(arch, PROCESSORS)
-    plan = forward.pair_plan(first, second, BATCH, machine, MODES[mode], gather)
+    machine = forward_plan.Machine(arch, PROCESSORS)
+    plan = forward_plan.pair_plan(first, second, BATCH, machine, MODES[mode], gather)
     return plan.library, plan.definitions, plan.specific
 
 
 def tail(arch, mode, shape):
-    machine = forward.Machine(arch, PROCESSORS)
-    plan = forward.tail_plan(*shape, True, True, True, machine, MODES[mode])
+    machine = forward_plan.Machine(arch, PROCESSORS)
+    plan = forward_plan.tail_plan(*shape, True, True, True, machine, MODES[mode])
     return plan.library, plan.definitions, plan.specific
 
 
@@ -65,8 +64,8 @@ def conv_backward(arch, mode, shape):
 
 
 def linear_forward(arch, mode, shape):
-    machine = forward.Machine(arch, PROCESSORS)
-    plan = forward.linear_plan(BATCH, *shape, True, True, machine, MODES[mode])
+    machine = forward_plan.Machine(arch, PROCESSORS)
+    plan = forward_plan.linear_plan(BATCH, *shape, True, True, machine, MODES[mode])
     return plan.library, plan.definitions, plan.specific
 
 
@@ -76,8 +75,8 @@ def linear_backward(arch, mode, shape):
 
 
 def head(arch, mode, shape):
-    plan = forward.head_plan(
-        *shape, True, forward.Machine(arch, PROCESSORS), MODES[mode]
+    plan = forward_plan.head_plan(
+        *shape, True, forward_plan.Machine(arch, PROCESSORS), MODES[mode]
     )
     return plan.library, plan.definitions, plan.specific
 

@@ -14,6 +14,7 @@ import math
 from .. import shapes
 from ..errors import ShapeError
 from ..ops import for_device, fused
+from ..ops.forward_plan import FEW_CHANNELS
 from ..ops.fused import ConvBlock, Gather
 from ..precision import get_precision
 from ..tensor import empty
@@ -100,7 +101,7 @@ def _is_pair(first, second) -> bool:
     if not type(first) is type(second) is FusedConv2d:
         return False
     first, second = first.parts[0].weight.shape, second.parts[0].weight.shape
-    return first[1] <= fused.FEW_CHANNELS and first[0] == second[1]
+    return first[1] <= FEW_CHANNELS and first[0] == second[1]
 
 
 def _linear_run(layers):

@@ -19,10 +19,9 @@ import logging
 from typing import NamedTuple
 
 from . import for_device
+from .forward_plan import Machine
 
 _log = logging.getLogger("cycnn")
-
-FEW_CHANNELS = 4  # of an input: as many as the kernels of first convolutions take
 
 
 class Gather(NamedTuple):
@@ -227,11 +226,11 @@ def updater(parameters, device):
 
 
 def machine(arch, sm_count):
-    """What kernels are planned for: :class:`~.fused_cuda_forward.Machine`, or None.
+    """What kernels are planned for: :class:`~.forward_plan.Machine`, or None.
 
     None without NVRTC: then there are no kernels.
     """
-    return None if _modules() is None else _modules()[0].Machine(arch, sm_count)
+    return None if _modules() is None else Machine(arch, sm_count)
 
 
 def machine_of(device):

@@ -164,7 +164,7 @@ def conv_block_kernels(
 
     Parameters
     ----------
-    machine : fused_cuda_forward.Machine
+    machine : forward_plan.Machine
     precision : {"fp32", "tf32", "bf16"}
     x_shape, w_shape : tuple of int
     relu, pool, stride, padding, need_dx
