@@ -14,8 +14,8 @@ ones. The loss is summed on the device and read once an epoch; cycnn's Trainer c
 hits, too. For inference everybody gets the same trained weights. Whoever is not
 accurate enough in the end has not run, and the exit status is 1.
 
-Each contestant runs in a process of its own. One that is not installed, fails or takes
-too long is reported, and the rest goes on.
+Each kind of contestant runs in a process of its own. One that is not installed, fails
+or takes too long is reported, and the rest goes on in a new process.
 """
 
 import argparse
@@ -32,7 +32,9 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import networks
 import numpy as np
@@ -60,6 +62,13 @@ def contestants(device):
 # A contestant's process
 
 
+class Job(NamedTuple):
+    """One figure of one kind of contestant."""
+
+    setting: str
+    precision: str
+
+
 class Clock:
     """How long the phases of a process took, from before it was started."""
 
@@ -74,26 +83,31 @@ class Clock:
 
 
 def work(options):
-    """Run the contestant ``options.only`` and print a result for each setting."""
+    """Run what ``options.jobs`` says, as ``options.only``, and print the results."""
     clock = Clock(options.started)
     if options.device == "cpu":
         # the same cores for everybody, whatever thread pools a library makes
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[: options.threads])
-    kind, precision = options.only.rsplit("-", 1)
+    kind = options.only
     module = __import__(f"run_{kind.split('-')[0]}")
-    contestant = module.Contestant(kind, precision, options)
+    contestants, data = {}, Data(options)
+    jobs = [Job(*job.split("/")) for job in options.jobs.split(",")]
+    for job in jobs:
+        if job.precision not in contestants:
+            contestants[job.precision] = module.Contestant(kind, job.precision, options)
     clock.mark("imports")
+    with ThreadPoolExecutor() as pool:
+        for setting, precision in jobs:
+            found = SETTINGS.get(setting)
+            if found and found.task == "train":
+                contestants[precision].prepare(
+                    pool, found, data.of(found), epochs(found, options)
+                )
     tasks = {"train": train, "predict": predict, "start": start, "weights": weights}
-    names = options.settings.split(",")
-    data = Data(options)
-    contestant.prepare([
-        (SETTINGS[name], data.of(SETTINGS[name]), epochs(SETTINGS[name], options))
-        for name in names
-        if name in SETTINGS and SETTINGS[name].task == "train"
-    ])
-    for name in names:
+    for name, precision in jobs:
         setting = SETTINGS.get(name)
+        contestant = contestants[precision]
         result = tasks[setting.task if setting else name](
             contestant, setting, options, data, clock
         )
@@ -186,9 +200,10 @@ def predict(contestant, setting, options, data, clock):
 # The process that starts them
 
 
-def results(name, settings, options, python):
-    """Yield the result for each setting; after one with "error" come no more."""
-    command = [python, str(_HERE), "--only", name, "--settings", ",".join(settings)]
+def results(kind, jobs, options, python):
+    """Yield the result of each job; after one with "error" come no more."""
+    command = [python, str(_HERE), "--only", kind]
+    command += ["--jobs", ",".join("/".join(job) for job in jobs)]
     for option in ("device", "epochs", "threads", "images", "folder"):
         if getattr(options, option) is not None:
             command += [f"--{option}", str(getattr(options, option))]
@@ -206,7 +221,7 @@ def results(name, settings, options, python):
         reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
         reader.start()
         try:
-            for _ in settings:
+            for _ in jobs:
                 result = lines.get(timeout=options.limit)
                 if result is None:
                     status = process.wait()
@@ -233,44 +248,45 @@ def _read(process, lines):
     lines.put(None)
 
 
-def compete(name, settings, options):
-    """Yield (setting, result) of one contestant, each result perhaps with "error"."""
-    library = name.split("-")[0]
+def compete(kind, jobs, options):
+    """Yield (job, result) of one kind of contestant, each result perhaps an "error"."""
+    library = kind.split("-")[0]
     python = sys.executable if library == "cycnn" else options.peer_python
     search = f"import importlib.util as u, sys; sys.exit(not u.find_spec({library!r}))"
     done = subprocess.run([python, "-c", search], cwd=_HERE.parent.parent, check=False)
     if done.returncode:
-        for setting in settings:
-            yield setting, {"error": f"{_LIBRARIES[library]} is not installed"}
+        for job in jobs:
+            yield job, {"error": f"{_LIBRARIES[library]} is not installed"}
         return
-    left = list(settings)
+    left = list(jobs)
     while left:
-        # starting is what "start" is about, so it gets a process of its own
-        together = left[:1] if left[0] == "start" else [s for s in left if s != "start"]
-        for setting, result in zip(list(together), results(name, together, options, python)):
-            left.remove(setting)
-            yield setting, result
+        together = [job for job in left if job.setting != "start"]
+        # starting is what that is about, so each gets a process of its own
+        together = together or left[:1]
+        for job, result in zip(together, results(kind, together, options, python)):
+            left.remove(job)
+            yield job, result
 
 
-def measure(name, settings, options):
+def measure(kind, jobs, options):
     """As :func:`compete`, with median and verdict; starts are repeated."""
-    for setting, result in compete(name, settings, options):
-        if setting == "start" and "error" not in result:
+    for job, result in compete(kind, jobs, options):
+        if job.setting == "start" and "error" not in result:
             # that one filled the caches; those that take long run once more only
             repeats = 1 if options.quick or result["seconds"][0] > 5 else 3
             result["seconds"] = []
             for _ in range(repeats):
-                ((_, again),) = compete(name, [setting], options)
+                ((_, again),) = compete(kind, [job], options)
                 if "error" in again:
                     result = again
                     break
                 again["seconds"] = result["seconds"] + again["seconds"]
                 result = again
         if "error" not in result:
+            setting = SETTINGS.get(job.setting)
             result["median"] = statistics.median(result["seconds"])
-            learned = SETTINGS[setting].learned if setting in SETTINGS else 0
-            result["learned"] = result["accuracy"] >= learned
-        yield setting, result
+            result["learned"] = not setting or result["accuracy"] >= setting.learned
+        yield job, result
 
 
 def machine(options):
@@ -296,27 +312,27 @@ def machine(options):
 
 
 def plan(options):
-    """{contestant: its settings}, by what was asked for and what makes sense."""
+    """{kind: its jobs}, by what was asked for and what makes sense."""
 
     def chosen(names, patterns):
-        patterns = patterns.split(",")
         return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
 
-    everywhere = options.contestants is not None
-    names = chosen(
-        contestants(options.device), options.contestants or options.default_contestants
-    )
+    names = contestants(options.device)
+    if options.contestants:
+        names = chosen(names, options.contestants.split(","))
+    elif options.device == "cpu":
+        # JAX's jitted scan takes minutes an epoch on a CPU
+        names = chosen(names, ["cycnn-*", "torch-*"])
     if options.quick and options.device == "cuda":
-        names = [name for name in names if name.endswith("-tf32")]
-    settings = chosen(SETTINGS, options.networks or options.default_networks)
-    return {
-        name: [
-            setting
-            for setting in settings
-            if everywhere or chosen([name], ",".join(SETTINGS[setting].contestants))
-        ]
-        for name in names
-    }
+        names = chosen(names, ["*-tf32"])
+    everything = "reference-128" if options.device == "cpu" else "*"
+    planned = {}
+    for setting in chosen(SETTINGS, (options.networks or everything).split(",")):
+        usual = ("*",) if options.contestants else SETTINGS[setting].contestants
+        for name in chosen(names, usual):
+            kind, precision = name.rsplit("-", 1)
+            planned.setdefault(kind, []).append(Job(setting, precision))
+    return {kind: planned[kind] for kind in _KINDS if kind in planned}
 
 
 def run(options, content):
@@ -325,7 +341,7 @@ def run(options, content):
 
     content["about"] = machine(options)
     planned = plan(options)
-    wanted = {setting for settings in planned.values() for setting in settings}
+    wanted = {job.setting for jobs in planned.values() for job in jobs}
     results = content["results"] = {name: {} for name in SETTINGS if name in wanted}
     with tempfile.TemporaryDirectory() as options.folder:
         for part, paths in zip(
@@ -334,10 +350,11 @@ def run(options, content):
             data.write_idx(paths[0], part.images[:, 0])
             data.write_idx(paths[1], part.labels.astype(np.uint8))
         if any(SETTINGS[setting].task == "predict" for setting in wanted):
-            ((_, trained),) = measure("cycnn-fp32", ["weights"], options)
+            ((_, trained),) = measure("cycnn", [Job("weights", "fp32")], options)
             say("weights for inference", trained)
-        for name, settings in planned.items():
-            for setting, result in measure(name, settings, options):
+        for kind, jobs in planned.items():
+            for (setting, precision), result in measure(kind, jobs, options):
+                name = f"{kind}-{precision}"
                 results[setting][name] = result
                 say(f"{name} {setting}", result)
                 if options.json:
@@ -348,9 +365,11 @@ _BEGIN = time.monotonic()
 
 
 def say(what, result):
-    outcome = result.get("error") or f"{result['median']:.6f} s, {result['accuracy']:.2%}"
-    print(f"{time.monotonic() - _BEGIN:6.1f} s  {what}: {outcome}", file=sys.stderr,
-          flush=True)
+    outcome = result.get("error")
+    if outcome is None:
+        outcome = f"{result['median']:.6f} s, {result['accuracy']:.2%}"
+    passed = time.monotonic() - _BEGIN
+    print(f"{passed:6.1f} s  {what}: {outcome}", file=sys.stderr, flush=True)
 
 
 def arguments():
@@ -379,25 +398,20 @@ def arguments():
     add("--chart", metavar="FILE", help="draw them there (PNG; needs matplotlib)")
     add("--read", metavar="FILE",
         help="run nothing: table and chart of results that --json wrote")
-    for hidden in ("--only", "--settings", "--folder"):
+    for hidden in ("--only", "--jobs", "--folder"):
         add(hidden, help=argparse.SUPPRESS)
     add("--started", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.default_contestants, options.default_networks = "*", "*"
-    if options.device == "cpu":
-        # not JAX: its jitted scan takes minutes an epoch on a CPU
-        options.default_contestants = "cycnn-*,torch-*"
-        options.default_networks = "reference-128"
     if options.quick:
         options.epochs = options.epochs or 1
     if options.only or options.read:
         return options
-    planned = plan(options)
-    if not planned:
-        known = ", ".join(contestants(options.device))
-        parser.error(f"--contestants matches none of: {known}")
-    if not any(planned.values()):
-        parser.error(f"--networks matches none of: {', '.join(SETTINGS)}")
+    if not plan(options):
+        parser.error(
+            f"--contestants and --networks leave nothing of these contestants: "
+            f"{', '.join(contestants(options.device))}; and of these networks: "
+            f"{', '.join(SETTINGS)}"
+        )
     return options
 
 

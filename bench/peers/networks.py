@@ -39,7 +39,7 @@ class Network:
     optimizer : {"rmsprop", "sgd"}
     spread : float
         Weights start uniform in +-sqrt(spread / fan-in): 1 is what PyTorch and cycnn
-        do by themselves, 6 is He's for ReLU, without which a deep network starts slowly.
+        do by themselves, 6 is He's for ReLU, without which deep networks start slowly.
     learned : float
         The test accuracy without which a training does not count.
     """
@@ -96,8 +96,7 @@ def build(network, nn):
 
 
 def starting_weights(network) -> list:
-    """Weight, bias, weight, bias, ...: float32, laid out as in PyTorch, always the same.
-    """
+    """Weight, bias, weight, bias, ... as PyTorch lays them out; always the same."""
     rng, made = np.random.default_rng(0), []
     for layer in network.layers:
         shape = layer.outputs, layer.inputs
@@ -250,7 +249,8 @@ SETTINGS = {
     ),
     "predict-10000-resident": Setting(
         "predict", "reference", 10_000,
-        f"{_REFERENCE}: scores of 10,000 images on the device, to host array", resident=True,
+        f"{_REFERENCE}: scores of 10,000 images on the device, to host array",
+        resident=True,
     ),
     "predict-1": Setting(
         "predict", "reference", 1,

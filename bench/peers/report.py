@@ -50,7 +50,7 @@ def _rows(setting, results):
 
 def _short(number):
     """About four digits."""
-    decimals = next((d for d, limit in enumerate((1000, 100, 10)) if number >= limit), 3)
+    decimals = sum(number < limit for limit in (1000, 100, 10))
     return f"{number:.{decimals}f}"
 
 

@@ -20,14 +20,13 @@ class Contestant:
     version = cycnn.__version__
 
     def __init__(self, kind, precision, options):
-        cycnn.set_precision(precision)
-        self.device = options.device
+        self.precision, self.device = precision, options.device
         self.capture = False if kind == "cycnn-eager" else None
         captured = kind == "cycnn" and options.device == "cuda"
         self.how = "captured" if captured else "eager"
 
-    def prepare(self, trainings):
-        """Nothing: each training compiles what it needs before its first epoch."""
+    def prepare(self, pool, setting, parts, epochs):
+        """Nothing: a training compiles what it needs before its first epoch."""
 
     def train(self, setting, parts, epochs, mark=None, in_a_hurry=False):
         """Train ``epochs`` epochs: (their seconds, test accuracy, settings).
@@ -35,6 +34,7 @@ class Contestant:
         ``mark``, if given, is called with a name as each phase ends. Also sets
         ``weights``, those that were learned.
         """
+        cycnn.set_precision(self.precision)
         train, test = (data.ArrayDataset(*part, 1 / 255, -0.5) for part in parts)
         trainer = self.trainer(setting, networks.NETWORKS[setting.network])
         callbacks = []
@@ -43,7 +43,7 @@ class Contestant:
             callbacks = [lambda _, record: mark(f"epoch {record.epoch}")]
         history = trainer.fit(train, epochs, setting.batch, seed=0, callbacks=callbacks)
         accuracy = trainer.evaluate(test)["accuracy"]
-        self.weights = [parameter.data.numpy() for parameter in trainer.model.parameters()]
+        self.weights = [weight.data.numpy() for weight in trainer.model.parameters()]
         return history["seconds"], accuracy, f"{self.how}, Trainer.fit, uint8 images"
 
     def trainer(self, setting, network, weights=None):
@@ -51,7 +51,8 @@ class Contestant:
         weights = weights or networks.starting_weights(network)
         for parameter, array in zip(model.parameters(), weights, strict=True):
             parameter.data.copy_(array)
-        common = {"lr": networks.RATE[network.optimizer], "weight_decay": networks.DECAY}
+        rate = networks.RATE[network.optimizer]
+        common = {"lr": rate, "weight_decay": networks.DECAY}
         if network.optimizer == "sgd":
             optimizer = optim.SGD(
                 model.parameters(), momentum=networks.MOMENTUM, **common
@@ -72,6 +73,7 @@ class Contestant:
         The scores are an ndarray; images are one, float32, and for some settings are
         put on the device first.
         """
+        cycnn.set_precision(self.precision)
         network = networks.NETWORKS[setting.network]
         trainer = self.trainer(setting, network, weights)
         if self.capture is None and hasattr(trainer.model, "predict"):

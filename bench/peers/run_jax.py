@@ -3,7 +3,6 @@
 import functools
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import networks
 
@@ -31,19 +30,14 @@ class Contestant:
 
     def __init__(self, kind, precision, options):
         jax.config.update("jax_platforms", options.device)
-        jax.config.update("jax_default_matmul_precision", _MULTIPLY[precision])
+        self.multiply = _MULTIPLY[precision]
         self.precision, self.folder = precision, options.folder
         self.compute = jnp.bfloat16 if precision == "bf16" else jnp.float32
         self.prepared, self.scorers = {}, {}
 
-    def prepare(self, trainings):
-        """Compile side by side, since each takes 10 s or so.
-
-        ``trainings``: for each its setting, data and epochs, as for :meth:`train`.
-        """
-        with ThreadPoolExecutor() as pool:
-            for setting, *more in trainings:
-                self.prepared[setting] = pool.submit(self.ready, setting, *more)
+    def prepare(self, pool, setting, parts, epochs):
+        """Begin to compile a training: side by side, since each takes 10 s or so."""
+        self.prepared[setting] = pool.submit(self.ready, setting, parts, epochs)
 
     def train(self, setting, parts, epochs, mark=None, in_a_hurry=False):
         """As :meth:`run_cycnn.Contestant.train`.
@@ -78,19 +72,21 @@ class Contestant:
     def ready(self, setting, parts, epochs):
         """(compiled epoch, state to start from, images, labels)."""
         network = networks.NETWORKS[setting.network]
-        images, labels = jnp.asarray(nhwc(parts[0].floats())), jnp.asarray(parts[0].labels)
+        images, labels = nhwc(parts[0].floats()), parts[0].labels
+        images, labels = jnp.asarray(images), jnp.asarray(labels)
         parameters = to_jax(network, networks.starting_weights(network))
         start = networks.ACCUMULATOR if network.optimizer == "rmsprop" else 0.0
         memory = jax.tree.map(lambda p: jnp.full_like(p, start), parameters)
         rate = jnp.float32(networks.RATE[network.optimizer])
         state = parameters, memory, rate
         steps = epochs * -(-len(labels) // setting.batch)
-        train_epoch = jax.jit(self.epoch(network, setting.batch, steps), donate_argnums=0)
-        lowered = train_epoch.lower(state, jax.random.key(0), images, labels)
+        epoch = self.epoch(network, setting.batch, steps)
+        epoch = jax.jit(epoch, donate_argnums=0)
+        lowered = epoch.lower(state, jax.random.key(0), images, labels)
         return lowered.compile(), state, images, labels
 
     def settings(self):
-        return f"jit, NHWC, {_MULTIPLY[self.precision]} products"
+        return f"jit, NHWC, {self.multiply} products"
 
     def predictor(self, setting, weights, images):
         """As :meth:`run_cycnn.Contestant.predictor`."""
@@ -117,12 +113,12 @@ class Contestant:
             if isinstance(layer, networks.Conv):
                 x = lax.conv_general_dilated(
                     x, w, (1, 1), [(layer.padding, layer.padding)] * 2,
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.multiply,
                 )
                 x = jax.nn.relu(x + b)
                 x = max_pool(x) if layer.pool else x
             else:
-                x = x.reshape(len(x), -1) @ w + b
+                x = jnp.matmul(x.reshape(len(x), -1), w, precision=self.multiply) + b
                 x = jax.nn.relu(x) if layer is not network.layers[-1] else x
         return jax.nn.log_softmax(x.astype(jnp.float32))
 

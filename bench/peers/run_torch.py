@@ -1,5 +1,6 @@
 """PyTorch: eager, each step one CUDA graph, and that with torch.compile."""
 
+import itertools
 import time
 
 import networks
@@ -29,18 +30,23 @@ class Contestant:
         self.kind, self.precision, self.device = kind, precision, options.device
         if self.device == "cpu":
             torch.set_num_threads(options.threads)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = precision != "fp32"
-        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+        self.quickest = {}
 
-    def prepare(self, trainings):
-        """Nothing: each training compiles what it needs before its first epoch."""
+    def set_up(self, benchmark=True):
+        """What is not a model's but the library's."""
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = self.precision != "fp32"
+
+    def prepare(self, pool, setting, parts, epochs):
+        """Nothing: a training compiles what it needs before its first epoch."""
 
     def train(self, setting, parts, epochs, mark=None, in_a_hurry=False):
         """As :meth:`run_cycnn.Contestant.train`.
 
         ``in_a_hurry``: no trials, and cuDNN's first choice of algorithms.
         """
+        self.set_up(benchmark=not in_a_hurry)
         network = networks.NETWORKS[setting.network]
         arrays = [
             (torch.from_numpy(part.floats()), torch.from_numpy(part.labels).long())
@@ -49,8 +55,6 @@ class Contestant:
         (images, labels), test = (
             [tensor.to(self.device) for tensor in pair] for pair in arrays
         )
-        torch.backends.cudnn.benchmark = not in_a_hurry
-
         def training(layout):
             return Training(
                 self, network, setting.batch, epochs, images, labels, layout
@@ -85,19 +89,16 @@ class Contestant:
 
     def predictor(self, setting, weights, images):
         """As :meth:`run_cycnn.Contestant.predictor`."""
-        trials = {}
-        layouts = _LAYOUTS[:1] if self.kind == "torch-compile" else _LAYOUTS
-        for layout in layouts:
-            for piece in sorted({setting.batch, min(setting.batch, 1000)}):
-                run = Inference(self, setting, weights, images, layout, piece)
-                part = slice(0, setting.batch)
-                took = []
-                for _ in range(6):
-                    start = time.perf_counter()
-                    run.scores(part)
-                    took.append(time.perf_counter() - start)
-                trials[min(took[3:]), layout, piece] = run
-        (_, layout, piece), run = min(trials.items(), key=lambda item: item[0][0])
+        self.set_up()
+        if setting.batch not in self.quickest:
+            layouts = _LAYOUTS[:1] if self.kind == "torch-compile" else _LAYOUTS
+            pieces = {setting.batch, min(setting.batch, 1000)}
+            self.quickest[setting.batch] = min(
+                itertools.product(layouts, pieces),
+                key=lambda way: Inference(self, setting, weights, images, *way).trial(),
+            )
+        layout, piece = self.quickest[setting.batch]
+        run = Inference(self, setting, weights, images, layout, piece)
         settings = [layout, f"{piece} at a time", *self.settings(), *run.settings()]
         return run.scores, ", ".join(settings)
 
@@ -244,7 +245,7 @@ class Inference:
 
     def __init__(self, contestant, setting, weights, images, layout, piece):
         device = contestant.device
-        self.half = contestant.precision == "bf16"
+        self.count, self.half = setting.batch, contestant.precision == "bf16"
         dtype = torch.bfloat16 if self.half else torch.float32
         layout = getattr(torch, layout)
         network = networks.NETWORKS[setting.network]
@@ -279,6 +280,15 @@ class Inference:
                 # the next replay overwrites it
                 found.append(self.y.clone() if len(pieces) > 1 else self.y)
         return (found[0] if len(found) == 1 else torch.cat(found)).cpu().numpy()
+
+    def trial(self):
+        """Seconds of a call."""
+        took = []
+        for _ in range(6):
+            start = time.perf_counter()
+            self.scores(slice(0, self.count))
+            took.append(time.perf_counter() - start)
+        return min(took[3:])
 
     def settings(self):
         found = ["inference_mode", *["bfloat16 weights"] * self.half]
