@@ -24,7 +24,8 @@ def bench(name, *arguments):
 
 def peers(folder, *arguments):
     return bench(
-        "peers", "--device", "cpu", "--data", folder, "--json", folder / "out.json",
+        "peers", "--device", "cpu", "--threads", 1, "--data", folder,
+        "--json", folder / "out.json",
         *arguments,
     )
 
