@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,37 +22,152 @@ def bench(name, *arguments):
     )
 
 
-def peers(folder, json_file, *arguments):
+def peers(folder, *arguments):
     return bench(
-        "peers.py", "--device", "cpu", "--contestants", "cycnn-*", "--data", folder,
-        "--json", json_file, *arguments,
+        "peers", "--device", "cpu", "--threads", 1, "--data", folder,
+        "--json", folder / "out.json",
+        *arguments,
     )
 
 
-def test_peers(tmp_path):
+def results(folder):
+    return json.loads((folder / "out.json").read_text())["results"]
+
+
+def test_training(tmp_path):
     folder = write_mnist(tmp_path, 3000)
-    done = peers(folder, tmp_path / "out.json", "--epochs", 2)
+    done = peers(
+        folder, "--contestants", "cycnn-*", "--epochs", 4, "--chart", folder / "out.png"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "out.json").read_text())
-    result = content["results"]["cycnn-fp32"]
-    assert len(result["seconds"]) == 2
-    assert result["median"] == pytest.approx(sum(result["seconds"]) / 2)
+    assert content["about"]["device"] and content["about"]["date"]
+    assert list(content["results"]) == ["reference-128"]
+    result = content["results"]["reference-128"]["cycnn-fp32"]
+    assert len(result["seconds"]) == 4
+    assert min(result["seconds"]) <= result["median"] <= max(result["seconds"])
     assert result["learned"] and result["accuracy"] > 0.97
-    assert content["device"] and content["date"] and content["batch_size"] == 128
     row = r"^cycnn-fp32 +[\d.]+ +[\d.]+\.\.[\d.]+ +1\.00 "
     assert re.search(row, done.stdout, re.MULTILINE)
+    assert (folder / "out.png").read_bytes().startswith(b"\x89PNG")
+
+    again = bench("peers", "--read", folder / "out.json")
+    assert again.returncode == 0
+    assert again.stdout == done.stdout
 
 
 def test_who_has_not_learned_has_not_run(tmp_path):
     folder = write_mnist(tmp_path, 128)
-    done = peers(folder, tmp_path / "out.json", "--epochs", 1, "--warmup", 0)
+    done = peers(
+        folder, "--contestants", "cycnn-*", "--epochs", 1, "--chart", folder / "out.png"
+    )
     assert done.returncode == 1
-    assert "has not learned" in done.stdout
+    assert "accuracy too low" in done.stdout
+    assert "nothing to draw" in done.stderr
 
 
-def test_unknown_contestants(tmp_path):
-    done = bench("peers.py", "--contestants", "tensorflow")
+def test_other_tasks(tmp_path):
+    """Inference with the weights of a training, the start, other networks."""
+    folder = write_mnist(tmp_path, 3000)
+    done = peers(
+        folder, "--contestants", "cycnn-*", "--networks", "predict-*,start,lenet-128",
+        "--quick",
+    )
+    found = {name: row["cycnn-fp32"] for name, row in results(folder).items()}
+    assert set(found) == {
+        "lenet-128", "predict-10000", "predict-10000-resident", "predict-1", "start"
+    }, done.stderr
+    for name in ("predict-10000", "predict-10000-resident", "predict-1"):
+        assert found[name]["accuracy"] > 0.3, done.stdout  # chance: 0.1
+    phases = found["start"]["phases"]
+    assert list(phases) == [
+        "imports", "data", "model", "epoch 1", "epoch 2", "epoch 3", "test"
+    ]
+    assert sum(phases.values()) == pytest.approx(found["start"]["median"])
+
+
+def test_vgg(tmp_path):
+    folder = write_mnist(tmp_path, 1, 1)
+    done = peers(
+        folder, "--contestants", "cycnn-*", "--networks", "vgg-*", "--images", 12,
+        "--epochs", 1,
+    )
+    assert done.returncode == 1, done.stderr  # nobody learns from 12 images
+    assert all("median" in row["cycnn-fp32"] for row in results(folder).values())
+
+
+def stand_in(folder, script):
+    """An interpreter that has every peer installed, and runs ``script`` instead."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n{script}\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_who_fails_is_reported_and_the_rest_goes_on(tmp_path):
+    folder = write_mnist(tmp_path)
+    python = stand_in(folder, "echo no luck >&2; exit 3")
+    peers(
+        folder, "--contestants", "torch-eager-*,cycnn-*", "--peer-python", python,
+        "--networks", "reference-128,lenet-128", "--epochs", 1, "--images", 128,
+    )
+    found = results(folder)
+    assert set(found) == {"reference-128", "lenet-128"}
+    for row in found.values():
+        assert row["torch-eager-fp32"] == {"error": "exit status 3\nno luck\n"}
+        assert "median" in row["cycnn-fp32"]
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path):
+    folder = write_mnist(tmp_path, 256)
+    python = stand_in(folder, "sleep 600 & echo $! > $0.pid; wait")
+    process = subprocess.Popen(
+        [sys.executable, BENCH / "peers", "--device", "cpu", "--data", folder,
+         "--contestants", "cycnn-*,torch-eager-*", "--epochs", "1",
+         "--peer-python", python, "--json", folder / "out.json"],
+        stdout=subprocess.PIPE, text=True,
+    )
+    started = folder / "python.pid"
+    while not (started.exists() and started.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "cycnn-fp32" in printed
+    assert "median" in results(folder)["reference-128"]["cycnn-fp32"]
+    # what a contestant started is gone, too; a zombie has no command line
+    command = Path("/proc", started.read_text().strip(), "cmdline")
+    deadline = time.monotonic() + 10
+    while command.exists() and command.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_time_limit(tmp_path):
+    folder = write_mnist(tmp_path, 1, 1)
+    python = stand_in(folder, "sleep 600")
+    done = peers(
+        folder, "--contestants", "torch-eager-*", "--peer-python", python, "--limit", 1
+    )
+    assert done.returncode == 1
+    (result,) = results(folder)["reference-128"].values()
+    assert result == {"error": "not done after 1 s"}
+
+
+def test_unknown_names():
+    done = bench("peers", "--contestants", "tensorflow")
     assert done.returncode == 2 and "torch-graph-tf32" in done.stderr
+    done = bench("peers", "--networks", "resnet")
+    assert done.returncode == 2 and "vgg-512" in done.stderr
+
+
+def test_chart_without_matplotlib(tmp_path, monkeypatch):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('none here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = bench("peers", "--chart", tmp_path / "out.png")
+    assert done.returncode == 1
+    assert done.stderr == "--chart needs matplotlib: pip install matplotlib\n"
 
 
 def test_import_time():

@@ -1,0 +1,268 @@
+"""What everybody runs: networks, starting weights, data, recipes and settings."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+# ---------------------------------------------------------------------------------
+# Networks. A ReLU follows every layer but the last, which log-softmax follows.
+
+
+class Conv(NamedTuple):
+    """A convolution of stride 1; ``pool``: with a max pool of 2 x 2 behind its ReLU."""
+
+    inputs: int
+    outputs: int
+    size: int
+    padding: int = 0
+    pool: bool = False
+
+
+class Linear(NamedTuple):
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers, the data that they classify, and how they are trained.
+
+    Attributes
+    ----------
+    layers : tuple of Conv and Linear
+    data : {"mnist", "patterns"}
+    optimizer : {"rmsprop", "sgd"}
+    spread : float
+        Weights start uniform in +-sqrt(spread / fan-in): 1 is what PyTorch and cycnn
+        do by themselves, 6 is He's for ReLU, without which deep networks start slowly.
+    learned : float
+        The test accuracy without which a training does not count.
+    """
+
+    layers: tuple
+    data: str = "mnist"
+    optimizer: str = "rmsprop"
+    spread: float = 1.0
+    learned: float = 0.97
+
+
+NETWORKS = {
+    "reference": Network((
+        Conv(1, 32, 5, pool=True), Conv(32, 64, 5, pool=True), Conv(64, 128, 3),
+        Linear(512, 128), Linear(128, 10),
+    )),
+    "lenet": Network((
+        Conv(1, 6, 5, padding=2, pool=True), Conv(6, 16, 5, pool=True),
+        Linear(400, 120), Linear(120, 84), Linear(84, 10),
+    )),
+    "vgg": Network(
+        (
+            Conv(3, 64, 3, 1), Conv(64, 64, 3, 1, pool=True),
+            Conv(64, 128, 3, 1), Conv(128, 128, 3, 1, pool=True),
+            Conv(128, 256, 3, 1), Conv(256, 256, 3, 1, pool=True),
+            Conv(256, 256, 3, 1, pool=True),
+            Linear(1024, 256), Linear(256, 10),
+        ),
+        data="patterns", optimizer="sgd", spread=6.0, learned=0.9,
+    ),
+}
+
+# What the learning rate starts at; it falls linearly to 0 over the whole run.
+RATE = {"rmsprop": 0.003, "sgd": 0.02}
+ALPHA, EPS, ACCUMULATOR = 0.99, 1e-10, 1e-3  # of RMSprop
+MOMENTUM = 0.9  # of SGD
+DECAY = 1e-4  # L2, of both
+
+
+def build(network, nn):
+    """The network out of the layers of ``torch.nn`` or ``cycnn.nn``."""
+    layers = []
+    for layer in network.layers:
+        if isinstance(layer, Conv):
+            inputs, outputs, size, padding, pool = layer
+            layers += [nn.Conv2d(inputs, outputs, size, padding=padding), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] * pool
+            flat = False
+        else:
+            layers += [] if flat else [nn.Flatten()]
+            layers += [nn.Linear(*layer), nn.ReLU()]
+            flat = True
+    return nn.Sequential(*layers[:-1], nn.LogSoftmax(1))
+
+
+def starting_weights(network) -> list:
+    """Weight, bias, weight, bias, ... as PyTorch lays them out; always the same."""
+    rng, made = np.random.default_rng(0), []
+    for layer in network.layers:
+        shape = layer.outputs, layer.inputs
+        if isinstance(layer, Conv):
+            shape += layer.size, layer.size
+        fan_in = math.prod(shape[1:])
+        bound = (network.spread / fan_in) ** 0.5
+        weight = rng.uniform(-bound, bound, shape).astype(np.float32)
+        bound = fan_in**-0.5
+        bias = rng.uniform(-bound, bound, layer.outputs).astype(np.float32)
+        made += [weight, bias]
+    return made
+
+
+# ---------------------------------------------------------------------------------
+# Data
+
+
+class Images(NamedTuple):
+    """uint8 images (M, C, H, W) and their classes, int32 (M,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def floats(self) -> np.ndarray:
+        """The images as the networks see them: float32, -0.5 to 0.5."""
+        return self.images * np.float32(1 / 255) - np.float32(0.5)
+
+
+def mnist_files(folder):
+    """Paths of the images and the labels, to train and to test, not compressed."""
+    return [
+        (folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte")
+        for part in ("train", "t10k")
+    ]
+
+
+def read_mnist(folder) -> list:
+    """[train, test] as Images. A few lines, for peers that live without cycnn."""
+    found = []
+    for images, labels in mnist_files(Path(folder)):
+        count, height, width = np.fromfile(images, ">i4", 3, offset=4)
+        pixels = np.fromfile(images, np.uint8, offset=16)
+        classes = np.fromfile(labels, np.uint8, offset=8).astype(np.int32)
+        found.append(Images(pixels.reshape(count, 1, height, width), classes))
+    return found
+
+
+def patterns(count, seed) -> Images:
+    """Ten classes of coloured 32x32 images that can be learned, and need to be.
+
+    Each class is a coarse pattern; an image shows it shifted by up to four pixels each
+    way (the rest wraps around), of a contrast of its own, under noise.
+    """
+    coarse = np.random.default_rng(0).normal(0, 1, (10, 3, 8, 8)).astype(np.float32)
+    drawings = np.kron(coarse, np.ones((4, 4), np.float32))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    shifts = rng.integers(-4, 5, (count, 2))
+    rows = (np.arange(32) - shifts[:, :1]) % 32
+    columns = (np.arange(32) - shifts[:, 1:]) % 32
+    images = drawings[
+        labels[:, None, None, None],
+        np.arange(3)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+    images *= rng.uniform(16, 48, (count, 1, 1, 1)).astype(np.float32)
+    images += rng.standard_normal(images.shape, np.float32) * 32
+    return Images(np.clip(images + 128, 0, 255).astype(np.uint8), labels)
+
+
+def load(network, folder, count=None) -> list:
+    """[train, test] as Images; ``count``: the first so many of each only."""
+    if network.data == "mnist":
+        found = read_mnist(folder)
+    else:
+        # as many as are asked for: the noise takes a second
+        found = [
+            patterns(min(size, count or size), seed)
+            for size, seed in ((12_800, 1), (2_000, 2))
+        ]
+    return [Images(part.images[:count], part.labels[:count]) for part in found]
+
+
+# ---------------------------------------------------------------------------------
+# Settings
+
+
+_USUAL = ("cycnn-*", "torch-eager-*", "torch-graph-*", "jax-*")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed.
+
+    Attributes
+    ----------
+    task : {"train", "predict", "start"}
+        Epochs of training; scores of images; a process that trains to an accuracy.
+    network : str
+    batch : int
+    epochs : int
+        Timed epochs of "train", all epochs of "start".
+    learned : float
+        The accuracy without which the figure does not count.
+    unit : str
+        Of the figures in the table; ``scale`` makes it from seconds.
+    text : str
+        Its heading there.
+    resident : bool
+        For "predict": the images lie on the device; else they come from the host.
+    contestants : tuple of str
+        Patterns of those who take part if nobody else is asked for.
+    """
+
+    task: str
+    network: str
+    batch: int
+    text: str
+    epochs: int = 0
+    learned: float = 0.97
+    unit: str = "ms"
+    scale: float = 1e3
+    resident: bool = False
+    contestants: tuple = _USUAL
+
+
+def _training(network, batch, epochs, text, **more):
+    text += f", batch {batch}: a training epoch"
+    learned = NETWORKS[network].learned
+    return Setting("train", network, batch, text, epochs, learned, **more)
+
+
+_REFERENCE = "reference network, MNIST"
+_VGG = "VGG-style network, 12,800 images of 3x32x32"
+SETTINGS = {
+    # torch.compile takes half a minute to compile, so only once
+    "reference-128": _training(
+        "reference", 128, 5, _REFERENCE, contestants=(*_USUAL, "torch-compile-tf32")
+    ),
+    "reference-32": _training("reference", 32, 2, _REFERENCE),
+    "reference-1024": _training("reference", 1024, 9, _REFERENCE),
+    "lenet-128": _training("lenet", 128, 3, "LeNet-5, MNIST"),
+    "vgg-128": _training("vgg", 128, 4, _VGG),
+    "vgg-512": _training("vgg", 512, 4, _VGG),
+    "predict-10000": Setting(
+        "predict", "reference", 10_000,
+        f"{_REFERENCE}: scores of 10,000 images, from host array to host array",
+    ),
+    "predict-10000-resident": Setting(
+        "predict", "reference", 10_000,
+        f"{_REFERENCE}: scores of 10,000 images on the device, to host array",
+        resident=True,
+    ),
+    "predict-1": Setting(
+        "predict", "reference", 1,
+        f"{_REFERENCE}: scores of one image, from host array to host array",
+        unit="us", scale=1e6,
+    ),
+    # peers in one precision only: their processes take seconds to start
+    "start": Setting(
+        "start", "reference", 128,
+        "from the start of a process, warm caches, to 99% on MNIST's test set",
+        epochs=3, learned=0.99, unit="s", scale=1,
+        contestants=("cycnn-fp32", "cycnn-tf32", "cycnn-bf16", "torch-graph-tf32",
+                     "jax-scan-tf32"),
+    ),
+}

@@ -1,0 +1,93 @@
+"""The table and the chart of what was measured."""
+
+import sys
+
+from networks import PRECISIONS, SETTINGS
+
+_COLOURS = {"cycnn": "tab:green", "torch": "tab:orange", "jax": "tab:blue"}
+
+
+def table(content):
+    """Everything as text."""
+    lines = [", ".join(f"{key} {value}" for key, value in content["about"].items())]
+    for name, results in content["results"].items():
+        lines += ["", f"{name}: {SETTINGS[name].text}"]
+        lines += _rows(SETTINGS[name], results)
+    lines += ["", "x cycnn: time divided by cycnn's in the same precision"]
+    finished = [
+        result
+        for results in content["results"].values()
+        for result in results.values()
+        if "error" not in result
+    ]
+    if not all(result["learned"] for result in finished):
+        lines.append("!: accuracy too low; the time does not count")
+    return "\n".join(lines)
+
+
+def _rows(setting, results):
+    yield (
+        f"{'contestant':<20} {setting.unit:>10} {'spread':>17} {'x cycnn':>8} "
+        f"{'accuracy':>9}  version, settings"
+    )
+    for name, result in results.items():
+        if "error" in result:
+            yield f"{name:<20} {result['error'].splitlines()[0]}"
+            continue
+        times = [setting.scale * seconds for seconds in result["seconds"]]
+        own = results.get(f"cycnn-{_precision(name)}", {}).get("median")
+        ratio = f"{result['median'] / own:.2f}" if own else "-"
+        accuracy = f"{result['accuracy']:.2%}" + "!" * (not result["learned"])
+        yield (
+            f"{name:<20} {_short(setting.scale * result['median']):>10} "
+            f"{f'{_short(min(times))}..{_short(max(times))}':>17} {ratio:>8} "
+            f"{accuracy:>9}  {result['version']}, {result['settings']}"
+        )
+        if "phases" in result:
+            phases = (f"{what} {took:.2f}" for what, took in result["phases"].items())
+            yield f"{'':<20} s: {', '.join(phases)}"
+
+
+def _short(number):
+    """About four digits."""
+    decimals = sum(number < limit for limit in (1000, 100, 10))
+    return f"{number:.{decimals}f}"
+
+
+def _precision(name):
+    return name.rsplit("-", 1)[1]
+
+
+def chart(content, path):
+    """Write bars of all times, a panel a setting, as PNG."""
+    from matplotlib.figure import Figure
+
+    shown = {
+        name: {who: r for who, r in results.items() if r.get("learned")}
+        for name, results in content["results"].items()
+    }
+    shown = {name: results for name, results in shown.items() if results}
+    if not shown:
+        sys.exit("there is nothing to draw: nobody was accurate enough")
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    tallest = max(map(len, shown.values()))
+    figure = Figure(
+        figsize=(6 * columns, (1 + 0.26 * tallest) * rows), layout="constrained"
+    )
+    figure.suptitle(", ".join(map(str, content["about"].values())))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(shown) :]:
+        axes.axis("off")
+    for axes, (name, results) in zip(panels, shown.items()):
+        setting = SETTINGS[name]
+        order = sorted(results, key=lambda who: PRECISIONS.index(_precision(who)))
+        times = [setting.scale * results[who]["median"] for who in order]
+        colours = [_COLOURS[who.split("-")[0]] for who in order]
+        bars = axes.barh(order, times, color=colours)
+        axes.bar_label(bars, map(_short, times), padding=2, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"{name}, {setting.unit}", fontsize=9)
+    figure.savefig(path, dpi=120, format="png")

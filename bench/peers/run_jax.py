@@ -1,0 +1,207 @@
+"""JAX: the whole epoch one jitted scan."""
+
+import functools
+import os
+import time
+
+import networks
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_MULTIPLY = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
+
+
+class Contestant:
+    """JAX in one precision; its settings are what made it fastest.
+
+    Parameters
+    ----------
+    kind : {"jax-scan"}
+    precision : str
+    options : argparse.Namespace
+    """
+
+    version = jax.__version__
+
+    def __init__(self, kind, precision, options):
+        jax.config.update("jax_platforms", options.device)
+        self.multiply = _MULTIPLY[precision]
+        self.precision, self.folder = precision, options.folder
+        self.compute = jnp.bfloat16 if precision == "bf16" else jnp.float32
+        self.prepared, self.scorers = {}, {}
+
+    def prepare(self, pool, setting, parts, epochs):
+        """Begin to compile a training: side by side, since each takes 10 s or so."""
+        self.prepared[setting] = pool.submit(self.ready, setting, parts, epochs)
+
+    def train(self, setting, parts, epochs, mark=None, in_a_hurry=False):
+        """As :meth:`run_cycnn.Contestant.train`.
+
+        ``in_a_hurry``: what was compiled is kept for the next process.
+        """
+        if in_a_hurry:
+            cache = os.path.join(self.folder, f"jax-{self.precision}")
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        future = self.prepared.pop(setting, None)
+        ready = future.result() if future else self.ready(setting, parts, epochs)
+        train_epoch, state, images, labels = ready
+        seconds = []
+        if mark:
+            mark("model")
+        for number in range(epochs):
+            key = jax.block_until_ready(jax.random.key(number))
+            begin = time.perf_counter()
+            state, total = train_epoch(state, key, images, labels)
+            jax.block_until_ready((state, total))
+            seconds.append(time.perf_counter() - begin)
+            if mark:
+                mark(f"epoch {number + 1}")
+        scores = self.scores(networks.NETWORKS[setting.network])
+        test, count = nhwc(parts[1].floats()), len(parts[1].labels)
+        found = [scores(state[0], test[i : i + 1000]) for i in range(0, count, 1000)]
+        accuracy = (np.concatenate(found).argmax(1) == parts[1].labels).mean()
+        settings = f"{self.settings()}, scan over the epoch, donated"
+        return seconds, float(accuracy), settings
+
+    def ready(self, setting, parts, epochs):
+        """(compiled epoch, state to start from, images, labels)."""
+        network = networks.NETWORKS[setting.network]
+        images, labels = nhwc(parts[0].floats()), parts[0].labels
+        images, labels = jnp.asarray(images), jnp.asarray(labels)
+        parameters = to_jax(network, networks.starting_weights(network))
+        start = networks.ACCUMULATOR if network.optimizer == "rmsprop" else 0.0
+        memory = jax.tree.map(lambda p: jnp.full_like(p, start), parameters)
+        rate = jnp.float32(networks.RATE[network.optimizer])
+        state = parameters, memory, rate
+        steps = epochs * -(-len(labels) // setting.batch)
+        epoch = self.epoch(network, setting.batch, steps)
+        epoch = jax.jit(epoch, donate_argnums=0)
+        lowered = epoch.lower(state, jax.random.key(0), images, labels)
+        return lowered.compile(), state, images, labels
+
+    def settings(self):
+        return f"jit, NHWC, {self.multiply} products"
+
+    def predictor(self, setting, weights, images):
+        """As :meth:`run_cycnn.Contestant.predictor`."""
+        network = networks.NETWORKS[setting.network]
+        parameters = jax.device_put([
+            tuple(array.astype(self.compute) for array in pair)
+            for pair in to_jax(network, weights)
+        ])
+        scores = self.scores(network)
+        images = nhwc(images)
+        if setting.resident:  # all of them: a slice would be another launch
+            images = jax.block_until_ready(jnp.asarray(images, self.compute))
+            return lambda part: np.asarray(scores(parameters, images)), self.settings()
+        return lambda part: np.asarray(scores(parameters, images[part])), (
+            self.settings()
+        )
+
+    # what is compiled
+
+    def log_probs(self, network, parameters, x):
+        x = x.astype(self.compute)
+        for layer, (w, b) in zip(network.layers, parameters):
+            w, b = w.astype(self.compute), b.astype(self.compute)
+            if isinstance(layer, networks.Conv):
+                x = lax.conv_general_dilated(
+                    x, w, (1, 1), [(layer.padding, layer.padding)] * 2,
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.multiply,
+                )
+                x = jax.nn.relu(x + b)
+                x = max_pool(x) if layer.pool else x
+            else:
+                x = jnp.matmul(x.reshape(len(x), -1), w, precision=self.multiply) + b
+                x = jax.nn.relu(x) if layer is not network.layers[-1] else x
+        return jax.nn.log_softmax(x.astype(jnp.float32))
+
+    def scores(self, network):
+        if network not in self.scorers:
+            self.scorers[network] = jax.jit(functools.partial(self.log_probs, network))
+        return self.scorers[network]
+
+    def epoch(self, network, batch, steps):
+        """The function that trains an epoch in a run of so many steps."""
+        rmsprop = network.optimizer == "rmsprop"
+        fall = networks.RATE[network.optimizer] / steps
+
+        def loss(parameters, x, y):
+            scores = self.log_probs(network, parameters, x)
+            return -jnp.take_along_axis(scores, y[:, None], 1).mean()
+
+        def step(state, index, images, targets):
+            parameters, memory, rate = state
+            value, gradients = jax.value_and_grad(loss)(
+                parameters, images[index], targets[index]
+            )
+            gradients = jax.tree.map(
+                lambda g, p: g + networks.DECAY * p, gradients, parameters
+            )
+            if rmsprop:
+                memory = jax.tree.map(
+                    lambda v, g: networks.ALPHA * v + (1 - networks.ALPHA) * g * g,
+                    memory, gradients,
+                )
+                updates = jax.tree.map(
+                    lambda g, v: g / (jnp.sqrt(v) + networks.EPS), gradients, memory
+                )
+            else:
+                memory = jax.tree.map(
+                    lambda b, g: networks.MOMENTUM * b + g, memory, gradients
+                )
+                updates = memory
+            parameters = jax.tree.map(
+                lambda p, u: p - rate * u, parameters, updates
+            )
+            return (parameters, memory, rate - fall), value
+
+        def epoch(state, key, images, targets):
+            count = len(targets)
+            full = count // batch
+            order = jax.random.permutation(key, count)
+
+            def body(state, index):
+                return step(state, index, images, targets)
+
+            batches = order[: full * batch].reshape(full, batch)
+            state, values = lax.scan(body, state, batches)
+            total = values.sum()
+            if count % batch:
+                state, value = step(state, order[full * batch :], images, targets)
+                total += value
+            return state, total
+
+        return epoch
+
+
+def max_pool(x):
+    """2 x 2, by reshaping: XLA's reduce_window has a slower gradient."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def nhwc(images):
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def to_jax(network, weights):
+    """[(weight, bias)] of each layer in JAX's layouts, from PyTorch's."""
+    made, channels = [], None
+    for layer, w, b in zip(network.layers, weights[::2], weights[1::2]):
+        if isinstance(layer, networks.Conv):
+            w, channels = w.transpose(2, 3, 1, 0), layer.outputs
+        elif channels:  # what it reads was flattened from NCHW, and here from NHWC
+            side = round((layer.inputs // channels) ** 0.5)
+            w = w.reshape(-1, channels, side, side).transpose(2, 3, 1, 0)
+            w, channels = w.reshape(layer.inputs, -1), None
+        else:
+            w = w.T
+        made.append((jnp.asarray(np.ascontiguousarray(w)), jnp.asarray(b)))
+    return made
