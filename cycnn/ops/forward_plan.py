@@ -472,12 +472,15 @@ def pair_plan(first, second, n, machine, mode, gather=False):
     """The plan for a first convolution and the one behind it, or None.
 
     A block makes all of the first one's output for an image and multiplies it at once,
-    so that must fit its shared memory beside the second filter. Not for "fp32".
+    so that must fit its shared memory beside the second filter. Not for "fp32", nor for
+    batches so large that other blocks hide the time between the two.
     """
     quad = 8 if mode == 2 else 4
     positions = first.pool[0] * first.pool[1]
     m_tiles = ceil_div(first.K, 16)
     if mode == 0 or machine.capability < (8, 0) or first.C > FEW_CHANNELS:
+        return None
+    if n > 2 * machine.sm_count:
         return None
     if min(*first.pooled, *second.pooled) < 1 or (first.K, *first.pooled) != second[:3]:
         return None

@@ -173,7 +173,8 @@ class CapturedSteps(Steps):
             self.graphs.clear()
             self.packed = self._pack_filters()
             self.recorded_with = now
-        self.parameters_changed()
+        else:
+            self.parameters_changed()
         rates = self.feed.rates
         if trainer.schedule is not None and rates is None:
             table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]

@@ -165,7 +165,10 @@ def test_conv_block(
     check_block(precision, *got, x, weight, bias, *geometry)
     assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry)))
     packed = ops.pack_filter(given[1], x_shape, pool, stride, padding)
-    assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry, packed)))
+    for _ in range(2):
+        assert_same_bits(got, numpy(ops.conv_block_forward(*given, *geometry, packed)))
+        if packed is not None:
+            packed.settled = True  # what packed it has finished, as numpy() shows
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -269,7 +272,9 @@ def test_conv_pair(ops, precision, rng, x_shape, first, second, gather):
     check_block(precision, *got[2:], got[0], *arguments[1])
     assert_same_bits(got, numpy(ops.conv_pair_forward(source, *blocks)))
     packed = ops.pack_pair_filter(x_shape, *blocks, gather)
-    assert_same_bits(got, numpy(ops.conv_pair_forward(source, *blocks, packed)))
+    for _ in range(2):
+        assert_same_bits(got, numpy(ops.conv_pair_forward(source, *blocks, packed)))
+        packed.settled = True
 
 
 def linear(precision, x, weight, bias, relu):
