@@ -4,9 +4,10 @@
 //   grad[i] = partials[0][i] + partials[1][i] + ...
 // in an order that depends on nothing but `splits`, so equal input gives equal bits.
 //
-// A block of 256 threads is 1, 2, 4 or 8 groups, more for more splits, to keep loads in
-// flight. A thread of a group has 4 neighbouring numbers. Its group adds every
-// groups-th partial; then the sums of the groups are added in order.
+// A block of 256 threads is 1, 2, 4 or 8 groups, more for more splits. A thread of a
+// group has 4 neighbouring numbers. Its group adds every groups-th partial; then the
+// sums of the groups are added in order. TOGETHER partials are fetched at a time, so
+// that a thread waits for memory once where there are up to 32.
 //
 // The update takes a table of all parameters of a slab (see Entry). The arithmetic of a
 // step is that of cuda/optim.cu:
@@ -17,7 +18,7 @@
 //            param -= lr * g
 #include "fused.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, TOGETHER = 4;
 
 // A filter (K, C, taps) packed as conv_pack_filter of conv_block_forward.cu does it.
 struct Packed {
@@ -62,7 +63,10 @@ struct Entry {
 };
 
 __host__ __device__ constexpr int groups_of(long long splits) {
-  return splits >= 32 ? 8 : splits >= 8 ? 4 : splits >= 4 ? 2 : 1;
+  return splits > 4 * TOGETHER   ? 8
+         : splits > 2 * TOGETHER ? 4
+         : splits > TOGETHER     ? 2
+                                 : 1;
 }
 
 // Numbers at .. at+3 of a row of `count`; the slow way at its end, or where rows of
@@ -97,11 +101,24 @@ __device__ __forceinline__ float4 sum_partials(const float* __restrict__ partial
                                                long long at, int groups) {
   __shared__ float4 of_group[THREADS];
   const int members = THREADS / groups, group = threadIdx.x / members;
-  const bool aligned = count % 4 == 0;
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-  for (int split = group; split < splits; split += groups)
-    sum = plus(sum, load4(partials + (long long)split * count, at, count, aligned));
+  const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  float4 sum = zero;
+  const float* from = partials + group * count;
+  const long long step = groups * count;
+  if (count % 4 == 0 && at < count) {
+#pragma unroll 1
+    for (int split = group; split < splits; split += TOGETHER * groups) {
+      float4 part[TOGETHER];
+#pragma unroll
+      for (int i = 0; i < TOGETHER; ++i, from += step)
+        part[i] = split + i * groups < splits ? *(const float4*)(from + at) : zero;
+#pragma unroll
+      for (int i = 0; i < TOGETHER; ++i) sum = plus(sum, part[i]);
+    }
+  } else {
+    for (int split = group; split < splits; split += groups, from += step)
+      sum = plus(sum, load4(from, at, count, false));
+  }
   if (groups == 1) return sum;
   of_group[threadIdx.x] = sum;
   __syncthreads();

@@ -56,7 +56,7 @@ def _unsupported(what, *given):
 
 def _groups(splits: int) -> int:
     """Threads that share a sum; the kernels' ``groups_of``."""
-    return 8 if splits >= 32 else 4 if splits >= 8 else 2 if splits >= 4 else 1
+    return 8 if splits > 16 else 4 if splits > 8 else 2 if splits > 4 else 1
 
 
 def _sum_blocks(count: int, splits: int) -> int:
