@@ -60,7 +60,7 @@ def conv_backward(arch, mode, shape):
         c, h, w, k, (r, r), (1, 1), (0, 0), pool or (0, 0), True
     )
     plan = conv_backward_plan.plan(block, mode, c > 1)
-    return "conv_block_backward", plan.options, False
+    return plan.library, plan.options, False
 
 
 def linear_forward(arch, mode, shape):
@@ -71,6 +71,11 @@ def linear_forward(arch, mode, shape):
 
 def linear_backward(arch, mode, shape):
     kernel = backward._linear(BATCH, *shape, True, mode, PROCESSORS).kernel
+    return kernel.library, kernel.options, kernel.specific
+
+
+def tail_backward(arch, mode, shape):
+    kernel = backward._tail(BATCH, *shape, True, True, mode, PROCESSORS).kernel
     return kernel.library, kernel.options, kernel.specific
 
 
@@ -86,14 +91,17 @@ def update(arch, mode, shape):
 
 
 FIRST, SECOND = (1, 28, 28, 32, 5, (2, 2)), (32, 12, 12, 64, 5, (2, 2))
+THIRD = (64, 4, 4, 128, 3, None)
 KERNELS = {
     "first convolution": (conv_forward, FIRST),
     "second convolution": (conv_forward, SECOND),
     "first convolution, backward": (conv_backward, FIRST),
     "second convolution, backward": (conv_backward, SECOND),
+    "third convolution, backward": (conv_backward, THIRD),
     "linear": (linear_forward, (512, 128)),
     "linear, backward": (linear_backward, (512, 128)),
     "head": (head, (128, 10)),
+    "linear and head, backward": (tail_backward, (512, 128, 10)),
     "update": (update, ()),
 }
 

@@ -8,6 +8,10 @@ constexpr int E = MODE == MODE_BF16 ? 2 : 1;
 
 __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+// the smallest number >= size that is residue modulo modulus
+__host__ __device__ constexpr int stride(int size, int residue, int modulus = 32) {
+  return size + ((residue - size) % modulus + modulus) % modulus;
+}
 // the widest run of floats (4, 2, 1) whose rows of length n all start aligned
 __host__ __device__ constexpr int run(int n) {
   return n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1;

@@ -49,10 +49,6 @@ constexpr int RS = R * S;
 __host__ __device__ constexpr int floor_div(int a, int b) {
   return a >= 0 ? a / b : -((b - 1 - a) / b);
 }
-// the smallest number >= size that is residue modulo modulus
-__host__ __device__ constexpr int stride(int size, int residue, int modulus) {
-  return size + ((residue - size) % modulus + modulus) % modulus;
-}
 
 // ALIGN: words that the target is a multiple of
 template <int ALIGN, int COUNT>

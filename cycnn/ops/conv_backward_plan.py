@@ -1,7 +1,10 @@
-"""How cuda/templates/conv_block_backward.cu is cut for a layer: tiles, warps, bytes.
+"""How the backward of a convolution is cut for a layer: tiles, warps, bytes.
+
+The kernel is cuda/templates/conv_block_backward.cu, or conv_small_backward.cu for a
+layer so small that all of its blocks run at once.
 
 Pure integer arithmetic on shapes; it needs no GPU. The constants have the names of the
-kernel's macros, where their meaning is explained.
+kernels' macros, where their meaning is explained.
 """
 
 from __future__ import annotations
@@ -77,8 +80,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Macros of the kernel, and what a launch needs to know of them."""
+    """A kernel's macros, and what a launch needs to know of them."""
 
+    library: str
     macros: tuple  # of (name, value)
     shared: int
     weight_tiles: int  # blocks that share a part of the batch
@@ -86,6 +90,7 @@ class Plan:
     weight_rows: int  # stages of a group of images
     data_tiles: int  # blocks of a group of images
     data_images: int  # images of such a group
+    weight_share: float = 2  # blocks on dweight that are wanted, a multiprocessor
 
     @property
     def options(self) -> tuple:
@@ -98,9 +103,9 @@ class Plan:
         )
 
     def splits(self, batch: int, processors: int) -> tuple:
-        """(partial weight gradients, stages of each): two blocks a multiprocessor."""
+        """(partial weight gradients, stages of each)."""
         stages = _ceil(batch, self.weight_images) * self.weight_rows
-        wanted = max(1, 2 * processors // self.weight_tiles)
+        wanted = max(1, int(self.weight_share * processors) // self.weight_tiles)
         each = _ceil(stages, min(stages, wanted))
         return _ceil(stages, each), each
 
@@ -381,6 +386,66 @@ def _weight_plans(shape, mode, registers):
                 yield total, macros, shared, k_tiles * c_tiles, images, row_steps
 
 
+# Small images
+
+
+def _small_plan(shape, mode, need_dx, settled):
+    """A plan of conv_small_backward.cu, or None where another kernel does better.
+
+    A block is made to wait for memory once. That pays where each block of a batch finds
+    a multiprocessor of its own; larger layers would rather share what they fetch.
+    """
+    height, width = shape.height, shape.width
+    taps_h, taps_w = shape.taps
+    rows, columns = shape.conv_output
+    pixels = rows * columns
+    if shape.stride != (1, 1) or shape.pool != (0, 0) or max(height, width) > 4:
+        return None
+    if taps_h * taps_w > 9 or pixels > 16:
+        return None
+    per_word = 2 if mode == "bf16" else 1
+    wi = vk = 2
+    unit = 8 * per_word * WARPS // wi
+    steps = _ceil(shape.filters, unit)
+    taps = taps_h * taps_w
+    registers = 4 * taps_w * height * _ceil(columns, 2) + 2 * steps * pixels + 2 * taps
+    if registers > _DATA_REGISTERS + _REGISTERS_ALONE:
+        return None
+    data_words = max(steps * unit * _stride(8 * taps, 4, 16), WARPS * 2 * height * 128)
+    weight_words = 16 * WARPS * (_stride(8 * taps, 12, 32) + 1)
+    shared = 4 * max(weight_words, data_words if need_dx else 0)
+    c_tiles = _ceil(shape.channels, 8)
+    macros = {
+        "DX_WI": wi, "DW_VK": vk, "SHARED": shared, "SETTLED": int(settled),
+    }  # fmt: skip
+    plan = Plan(
+        "conv_small_backward",
+        (*_layer_macros(shape, mode, need_dx), *macros.items()),
+        shared,
+        _ceil(shape.filters, 16 * vk) * c_tiles,
+        8 * per_word * WARPS // vk,
+        1,
+        c_tiles if need_dx else 0,
+        8 * wi if need_dx else 0,
+        0.5,
+    )
+    splits, _ = plan.splits(_BATCH, _PROCESSORS)
+    together = plan.data_blocks(_BATCH) + plan.weight_tiles * splits
+    fits = together <= _PROCESSORS and shared <= SHARED_LIMIT
+    return plan if fits else None
+
+
+def _layer_macros(shape, mode, need_dx):
+    return tuple({
+        "MODE": _MODES[mode], "C": shape.channels, "H": shape.height,
+        "W": shape.width, "K": shape.filters, "R": shape.taps[0], "S": shape.taps[1],
+        "STRIDE_H": shape.stride[0], "STRIDE_W": shape.stride[1],
+        "PAD_H": shape.padding[0], "PAD_W": shape.padding[1],
+        "POOL_H": shape.pool[0], "POOL_W": shape.pool[1], "RELU": int(shape.relu),
+        "NEED_DX": int(need_dx),
+    }.items())  # fmt: skip
+
+
 def _best(plans, shape, mode):
     """(blocks a multiprocessor, the cheapest plan)."""
     for blocks, more in ((2, 0), (1, _REGISTERS_ALONE)):
@@ -393,7 +458,7 @@ def _best(plans, shape, mode):
 
 
 @functools.lru_cache(maxsize=None)
-def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
+def plan(shape: Shape, mode: str, need_dx: bool, settled: bool = False) -> Plan:
     """The cheapest cut for a layer, by a count of its instructions.
 
     Parameters
@@ -401,20 +466,18 @@ def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
     shape : Shape
     mode : {"fp32", "tf32", "bf16"}
     need_dx : bool
+    settled : bool
+        Whether weight and x are complete before the kernel ahead starts.
 
     Raises
     ------
     NoPlan
         If no tile fits into shared memory and registers.
     """
-    macros = {
-        "MODE": _MODES[mode], "C": shape.channels, "H": shape.height,
-        "W": shape.width, "K": shape.filters, "R": shape.taps[0], "S": shape.taps[1],
-        "STRIDE_H": shape.stride[0], "STRIDE_W": shape.stride[1],
-        "PAD_H": shape.padding[0], "PAD_W": shape.padding[1],
-        "POOL_H": shape.pool[0], "POOL_W": shape.pool[1], "RELU": int(shape.relu),
-        "NEED_DX": int(need_dx),
-    }  # fmt: skip
+    small = _small_plan(shape, mode, need_dx, settled)
+    if small is not None:
+        return small
+    macros = dict(_layer_macros(shape, mode, need_dx))
     blocks, found = _best(_weight_plans, shape, mode)
     _, chosen, shared, weight_tiles, weight_images, weight_rows = found
     macros.update(chosen)
@@ -426,6 +489,7 @@ def plan(shape: Shape, mode: str, need_dx: bool) -> Plan:
         shared, blocks = max(shared, data_shared), min(blocks, data_blocks)
     macros.update(SHARED=shared, MIN_BLOCKS=blocks)
     return Plan(
+        "conv_block_backward",
         tuple(macros.items()),
         shared,
         weight_tiles,

@@ -120,7 +120,9 @@ class _Conv(NamedTuple):
 
 
 @lru_cache(512)
-def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision):
+def _conv(
+    x_shape, w_shape, relu, pool, stride, padding, need_dx, precision, settled=False
+):
     n, k, p, q = shapes.conv2d_output_shape(x_shape, w_shape, stride, padding)
     y_shape = (n, k, p, q)
     if pool is not None:
@@ -128,15 +130,13 @@ def _conv(x_shape, w_shape, relu, pool, stride, padding, need_dx, precision):
     shape = conv_backward_plan.Shape(
         *x_shape[1:], k, w_shape[2:], stride, padding, pool or (0, 0), relu
     )
-    plan = conv_backward_plan.plan(shape, precision, need_dx)
+    plan = conv_backward_plan.plan(shape, precision, need_dx, settled)
     return _Conv(y_shape, plan, _conv_kernel(plan))
 
 
 @lru_cache(None)
 def _conv_kernel(plan):
-    return Kernel(
-        "conv_block_backward", "conv_block_backward", "PPPPPPPPiii", plan.options
-    )
+    return Kernel(plan.library, plan.library, "PPPPPPPPiii", plan.options)
 
 
 def conv_block_backward_supported(
@@ -158,8 +158,9 @@ def conv_block_backward_supported(
 
 
 def conv_block_kernels(
-    machine, precision, x_shape, w_shape, relu, pool, stride, padding, need_dx
-) -> list:
+    machine, precision, x_shape, w_shape, relu, pool, stride, padding, need_dx,
+    settled=False,
+) -> list:  # fmt: skip
     """The kernels of :func:`conv_block_backward`, none where it is not supported.
 
     Parameters
@@ -181,7 +182,7 @@ def conv_block_kernels(
     try:
         for mode in _MODES:
             _conv(x_shape, w_shape, True, *block, True, mode)
-        made = _conv(x_shape, w_shape, relu, *block, need_dx, precision)
+        made = _conv(x_shape, w_shape, relu, *block, need_dx, precision, settled)
     except conv_backward_plan.NoPlan:
         return []
     return [made.kernel, _reduce]
@@ -208,15 +209,17 @@ def _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made):
 
 
 def _run_conv(
-    dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
-):
+    dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx,
+    settled,
+):  # fmt: skip
     device = x.device
     if not _capable(device.index):
         raise _unsupported("a convolution of", x.shape, weight.shape)
     try:
         made = _conv(
-            x.shape, weight.shape, relu, pool, stride, padding, need_dx, get_precision()
-        )
+            x.shape, weight.shape, relu, pool, stride, padding, need_dx,
+            get_precision(), settled,
+        )  # fmt: skip
     except conv_backward_plan.NoPlan:
         raise _unsupported("a convolution of", x.shape, weight.shape) from None
     _check_conv(dy, y, code, x, weight, dweight, dbias, relu, pool, made)
@@ -239,7 +242,7 @@ def _run_conv(
 
 def conv_block_backward(
     dy, y, code, x, weight, dweight, dbias, relu, pool, stride=(1, 1), padding=(0, 0),
-    need_dx=True,
+    need_dx=True, settled=False,
 ):  # fmt: skip
     """The backward of :func:`cycnn.ops.fused_cuda_forward.conv_block_forward`.
 
@@ -257,8 +260,12 @@ def conv_block_backward(
     dbias : Tensor (K,) or None
         Written.
     relu, pool, stride, padding
-        As in the forward.
+        As in the forward; without ``relu``, dy is 0 already where relu was not positive.
     need_dx : bool
+    settled : bool
+        Whether weight and x were complete before the kernel ahead of this one started,
+        as they are in a training step; a kernel may then fetch them while that one still
+        runs.
 
     Returns
     -------
@@ -272,15 +279,17 @@ def conv_block_backward(
         If :func:`conv_block_backward_supported` says no.
     """
     dx, partials = _run_conv(
-        dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
-    )
+        dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx,
+        settled,
+    )  # fmt: skip
     _finish(partials, dweight, dbias)
     return dx
 
 
 def conv_block_backward_partials(
-    dy, y, code, x, weight, relu, pool, stride=(1, 1), padding=(0, 0), need_dx=True
-):
+    dy, y, code, x, weight, relu, pool, stride=(1, 1), padding=(0, 0), need_dx=True,
+    settled=False,
+):  # fmt: skip
     """:func:`conv_block_backward`, but the weight gradient stays in parts.
 
     Returns
@@ -289,8 +298,9 @@ def conv_block_backward_partials(
     partials : Partials, or None for an empty batch
     """
     return _run_conv(
-        dy, y, code, x, weight, None, None, relu, pool, stride, padding, need_dx
-    )
+        dy, y, code, x, weight, None, None, relu, pool, stride, padding, need_dx,
+        settled,
+    )  # fmt: skip
 
 
 # Linear block
@@ -308,20 +318,25 @@ def _stride(size, residue):
     return size + (residue - size) % 32
 
 
+_TILES = (2, 2, 2), (2, 1, 2), (2, 1, 1), (1, 1, 1)
+
+
+def _tile(rows, columns, processors, choices=_TILES):
+    """((warps along the rows, tiles of 16 rows and of 8 columns a warp), its size)."""
+    for warps, m, k in choices:
+        size = 16 * m * warps, 8 * k * (8 // warps)
+        if ceil_div(rows, size[0]) * ceil_div(columns, size[1]) >= processors // 3:
+            break
+    return (warps, m, k), size
+
+
 @lru_cache(512)
 def _linear(n, inputs, outputs, relu, precision, processors):
     """Tiles for a batch of about n: as large as keeps every multiprocessor busy."""
     pairs = 2 if precision == "bf16" else 1
     words = 64
-
-    def tile(rows):
-        for warps, m, k in ((2, 2, 2), (2, 1, 2), (2, 1, 1), (1, 1, 1)):
-            size = 16 * m * warps, 8 * k * (8 // warps)
-            if ceil_div(rows, size[0]) * ceil_div(inputs, size[1]) >= processors // 3:
-                break
-        return (warps, m, k), size
-
-    (dw, dw_size), (dx, dx_size) = tile(outputs), tile(n)
+    dw, dw_size = _tile(outputs, inputs, processors)
+    dx, dx_size = _tile(n, inputs, processors)
     if max(dw_size + dx_size) <= 64:
         words = 128 // pairs
     weight_words = words * (_stride(dw_size[0], 8) + _stride(dw_size[1], 8))
@@ -355,6 +370,13 @@ def linear_block_kernels(machine, precision, n, inputs, outputs, relu) -> list:
     return [made.kernel, _reduce]
 
 
+def _split(n, depth, wanted) -> tuple:
+    """(splits of a batch, images of each): whole stages of ``depth`` images."""
+    stages = ceil_div(n, depth)
+    images = ceil_div(stages, min(stages, max(1, wanted))) * depth
+    return ceil_div(n, images), images
+
+
 def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
     device = x.device
     if not _capable(device.index):
@@ -377,10 +399,7 @@ def _run_linear(dy, y, x, weight, dweight, dbias, relu, need_dx):
     tiles = ceil_div(outputs, made.weight_tile[0]) * ceil_div(
         inputs, made.weight_tile[1]
     )
-    stages = ceil_div(n, made.depth)
-    splits = min(stages, max(1, gpu.sm_count // tiles))
-    images = ceil_div(stages, splits) * made.depth
-    splits = ceil_div(n, images)
+    splits, images = _split(n, made.depth, gpu.sm_count // tiles)
     partials = _allocate(splits, weight, dweight, dbias)
     blocks = tiles * splits
     grid = blocks
@@ -451,6 +470,200 @@ def head_backward(dlogits, x, weight, dweight, dbias, need_dx=True):
 def head_backward_partials(dlogits, x, weight, need_dx=True):
     """:func:`head_backward`, but the weight gradient stays in parts."""
     return linear_block_backward_partials(dlogits, None, x, weight, False, need_dx)
+
+
+# The last two layers
+
+
+class _Tail(NamedTuple):
+    kernel: Kernel
+    shared: int
+    data_tile: tuple  # images and inputs of a block
+    weight_tile: tuple  # hidden units and inputs of a block
+    depth: int  # images of a stage of the weight gradients
+
+
+_TAIL_HIDDEN, _TAIL_OUTPUTS = 256, 32
+# hidden units of a block on dweight_out
+_OUT_TILE = 64
+
+
+@lru_cache(512)
+def _tail(n, inputs, hidden, outputs, input_relu, settled, precision, processors):
+    """As :func:`_linear` for the kernel of :func:`tail_backward`."""
+    pairs = 2 if precision == "bf16" else 1
+    depth = min(128, max(16, n))
+    words = depth // pairs
+    hidden_words = 8 * ceil_div(hidden, 8 * pairs)
+    dw, dw_size = _tile(hidden, inputs, processors)
+
+    def data_words(size):
+        rows = size[0] * _stride(hidden_words, 4)
+        return rows + hidden_words * _stride(size[1], 8)
+
+    dx, dx_size = _tile(n, inputs, processors, ((2, 1, 2), (1, 1, 1)))
+    if 4 * data_words(dx_size) > conv_backward_plan.SHARED_LIMIT:
+        dx, dx_size = _tile(n, inputs, processors, ((1, 1, 1),))
+    weight_words = words * (_stride(dw_size[0], 8) + _stride(dw_size[1], 8))
+    out_rows = 16 * ceil_div(outputs, 16)
+    out_words = words * (_stride(out_rows, 8) + _stride(_OUT_TILE, 8))
+    shared = 4 * max(data_words(dx_size), weight_words, out_words)
+    macros = {
+        "MODE": _MODES[precision], "I": inputs, "H": hidden, "O": outputs,
+        "INPUT_RELU": int(input_relu), "SETTLED": int(settled), "WORDS": words,
+        "SHARED": shared,
+        "DW_WM": dw[0], "DW_MT": dw[1], "DW_NT": dw[2],
+        "DX_WM": dx[0], "DX_MT": dx[1], "DX_NT": dx[2],
+    }  # fmt: skip
+    kernel = Kernel(
+        "tail_backward", "tail_backward", "PPPPPPPPPPiiii",
+        tuple(f"-D{name}={value}" for name, value in macros.items()),
+    )  # fmt: skip
+    return _Tail(kernel, shared, dx_size, dw_size, depth)
+
+
+def _tail_for(n, *shape):
+    return _tail(1 << (n - 1).bit_length(), *shape)
+
+
+def _is_tail(hidden, outputs) -> bool:
+    return hidden <= _TAIL_HIDDEN and outputs <= _TAIL_OUTPUTS
+
+
+def tail_backward_supported(hidden, outputs, index) -> bool:
+    """Whether :func:`tail_backward` can do it on GPU ``index``, in any precision.
+
+    It asks for compute capability 8.0 or later, up to 256 hidden units, since a block
+    has the weights of all of them, and up to 32 outputs, since each block multiplies
+    them again.
+    """
+    return _capable(index) and _is_tail(hidden, outputs)
+
+
+def tail_backward_kernels(
+    machine, precision, n, inputs, hidden, outputs, input_relu=False, settled=False
+) -> list:
+    """The kernels of :func:`tail_backward`; see :func:`conv_block_kernels`."""
+    if machine.capability < (8, 0) or not _is_tail(hidden, outputs):
+        return []
+    made = _tail_for(
+        n, inputs, hidden, outputs, input_relu, settled, precision, machine.sm_count
+    )
+    return [made.kernel, _reduce]
+
+
+def _run_tail(
+    dlogits, hidden, x, weight, weight_out, gradients, input_relu, settled, need_dx
+):
+    device, (n, inputs) = x.device, x.shape
+    hidden_shape = shapes.linear_output_shape(x.shape, weight.shape)
+    logits_shape = shapes.linear_output_shape(hidden_shape, weight_out.shape)
+    shapes.check_same(**{"x weight^T": hidden_shape, "hidden": hidden.shape})
+    shapes.check_same(**{"hidden weight_out^T": logits_shape, "dlogits": dlogits.shape})
+    units, outputs = weight.shape[0], weight_out.shape[0]
+    if not tail_backward_supported(units, outputs, device.index):
+        raise _unsupported("a tail of", x.shape, weight.shape, weight_out.shape)
+    for name, given, target in zip(
+        ("dweight", "dbias", "dweight_out", "dbias_out"),
+        (weight.shape, (units,), weight_out.shape, (outputs,)),
+        gradients,
+    ):
+        if target is not None:
+            shapes.check_same(**{name[1:]: given, name: target.shape})
+    dx = empty_on_gpu(x.shape, _FLOAT32, device) if need_dx else None
+    if not n:
+        return dx, None, None
+    gpu = _get(device.index)
+    made = _tail_for(
+        n, inputs, units, outputs, input_relu, settled, get_precision(), gpu.sm_count
+    )
+    tiles = ceil_div(units, made.weight_tile[0]) * ceil_div(inputs, made.weight_tile[1])
+    splits, images = _split(n, made.depth, gpu.sm_count // tiles)
+    parts = _allocate(splits, weight, *gradients[:2])
+    parts_out = _allocate(splits, weight_out, *gradients[2:])
+    data_blocks = 0
+    if need_dx:
+        data_blocks = ceil_div(n, made.data_tile[0])
+        data_blocks *= ceil_div(inputs, made.data_tile[1])
+    blocks = data_blocks + splits * (tiles + ceil_div(units, _OUT_TILE))
+    made.kernel(
+        gpu.compute, blocks, THREADS, dlogits, hidden, x, weight, weight_out, dx,
+        parts.weight, parts.bias, parts_out.weight, parts_out.bias, n, data_blocks,
+        splits * tiles, images, shared=made.shared, dependent=True,
+    )  # fmt: skip
+    return dx, parts, parts_out
+
+
+def tail_backward(
+    dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
+    input_relu=False, settled=False, need_dx=True,
+):  # fmt: skip
+    """The backward of linear, ReLU and head in one launch.
+
+    As :func:`head_backward` and then :func:`linear_block_backward` with its ReLU; the
+    gradient between the two never exists in memory.
+
+    Parameters
+    ----------
+    dlogits : Tensor (N, O)
+    hidden : Tensor (N, H)
+        relu(x weight^T + bias).
+    x : Tensor (N, I)
+    weight : Tensor (H, I)
+    weight_out : Tensor (O, H)
+    dweight : Tensor (H, I)
+        Written.
+    dbias : Tensor (H,) or None
+        Written.
+    dweight_out : Tensor (O, H)
+        Written.
+    dbias_out : Tensor (O,) or None
+        Written.
+    input_relu : bool
+        x is what a ReLU let through, and the gradient that is returned is that at the
+        ReLU's input: 0 where x is not positive.
+    settled : bool
+        Whether weight, weight_out and x were complete before the kernel ahead of this
+        one started, as they are in a training step; they are then fetched while that
+        one still runs.
+    need_dx : bool
+
+    Returns
+    -------
+    Tensor (N, I), or None without ``need_dx``
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`tail_backward_supported` says no.
+    """
+    gradients = dweight, dbias, dweight_out, dbias_out
+    dx, parts, parts_out = _run_tail(
+        dlogits, hidden, x, weight, weight_out, gradients, input_relu, settled, need_dx
+    )
+    _finish(parts, dweight, dbias)
+    _finish(parts_out, dweight_out, dbias_out)
+    return dx
+
+
+def tail_backward_partials(
+    dlogits, hidden, x, weight, weight_out, input_relu=False, settled=False,
+    need_dx=True,
+):  # fmt: skip
+    """:func:`tail_backward`, but the weight gradients stay in parts.
+
+    Returns
+    -------
+    dx : Tensor or None
+    partials, partials_out : Partials, or None for an empty batch
+        Of the linear layer, and of the head.
+    """
+    return _run_tail(
+        dlogits, hidden, x, weight, weight_out, (None,) * 4, input_relu, settled,
+        need_dx,
+    )  # fmt: skip
 
 
 # Update
