@@ -6,14 +6,14 @@
 // With h = p + r - PAD_H and w = q + s - PAD_W:
 //   dz = dy where relu let y through (y > 0), else 0
 //   dx[n,c,h,w] = sum over k and all (p, r), (q, s) that lead to h, w, of
-//   dz[n,k,p,q] weight[k,c,r,s]
+//                 dz[n,k,p,q] weight[k,c,r,s]
 //   dweight[k,c,r,s] = sum over n, p, q of dz[n,k,p,q] x[n,c,h,w]
 //   dbias[k] = sum over n, p, q of dz[n,k,p,q]
 //
 // conv_block_backward.cu has the general case. Here an image of a channel fits into the
 // registers of a lane, so that dz and x go from global memory into products without
-// shared memory between, and all loads of a block are in flight at once: layers as small
-// as this take little longer than a block waits for memory, and should wait once.
+// shared memory between, and all loads of a block are in flight at once: layers as
+// small as this take little longer than a block waits for memory, and should wait once.
 //
 // dx: a product for each pair of columns (q, q+1) of dz and each tap: rows are 8 images
 // x these two columns, columns 8 channels c, contraction over k. A lane has all dz of
@@ -31,9 +31,9 @@
 // SETTLED: weight and x were complete before the kernel ahead of this one started, so
 // they are fetched while that one still runs.
 //
-// Launch: 256 threads, SHARED bytes; blocks 0 .. dx_blocks-1 work on dx (c tile fastest,
-// then images), the others on dweight (k tile fastest, then c tile, then split).
-// Compute capability 8.0 and up.
+// Launch: 256 threads, SHARED bytes; blocks 0 .. dx_blocks-1 work on dx (c tile
+// fastest, then images), the others on dweight (k tile fastest, then c tile, then
+// split). Compute capability 8.0 and up.
 #include "backward.cuh"
 
 constexpr int P = H + 2 * PAD_H - R + 1, Q = W + 2 * PAD_W - S + 1;
@@ -42,7 +42,8 @@ constexpr int PQ = P * Q, HW = H * W, RS = R * S;
 // All numbers of an image of a channel.
 template <int COUNT>
 __device__ __forceinline__ void load_image(float (&v)[COUNT],
-                                           const float* __restrict__ from, bool inside) {
+                                           const float* __restrict__ from,
+                                           bool inside) {
   constexpr int RUN = run(COUNT);
 #pragma unroll
   for (int i = 0; i < COUNT; i += RUN) {
@@ -156,8 +157,7 @@ __device__ __forceinline__ void run_block(int block, u32* shared, const Gradient
   float acc[S][H][PAIRS][4] = {};
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    const u32* const w =
-        shared + ((step * WK + wk) * 8 * E + 2 * t) * W_ROW + g * RS;
+    const u32* const w = shared + ((step * WK + wk) * 8 * E + 2 * t) * W_ROW + g * RS;
     u32 b[RS][2];
 #pragma unroll
     for (int tap = 0; tap < RS; ++tap)
@@ -199,8 +199,7 @@ __device__ __forceinline__ void run_block(int block, u32* shared, const Gradient
 #pragma unroll
       for (int q = 0; q < Q; ++q) {
         const int w = q + s - PAD_W;
-        if (w >= 0 && w < W)
-          v[w] += acc[s][row / 2][q / 2][q % 2 * 2 + row % 2];
+        if (w >= 0 && w < W) v[w] += acc[s][row / 2][q / 2][q % 2 * 2 + row % 2];
       }
     sums[(warp * ROWS + row) * 32] = make_float4(v[0], v[1], v[2], v[3]);
   }
@@ -241,10 +240,9 @@ constexpr int STEP = 8 * E, STAGE = STEP * VN;
 constexpr int OUT_ROW = stride(CT * RS, 12, 32), RUN = run(C * RS);
 constexpr int SHARED_WORDS = VN * KT * (OUT_ROW + 1);
 
-__device__ __forceinline__ void run_block(int block, float* shared, const Gradient& from,
-                                          const float* __restrict__ x,
-                                          float* __restrict__ dweight,
-                                          float* __restrict__ dbias, int N, int stages) {
+__device__ __forceinline__ void run_block(
+    int block, float* shared, const Gradient& from, const float* __restrict__ x,
+    float* __restrict__ dweight, float* __restrict__ dbias, int N, int stages) {
   const int lane = threadIdx.x % 32, warp = warp_index(), g = lane / 4, t = lane % 4;
   const int vk = warp % VK, vn = warp / VK;
   const int k0 = block % K_TILES * KT, c_tile = block / K_TILES % C_TILES;
@@ -331,7 +329,8 @@ __device__ __forceinline__ void run_block(int block, float* shared, const Gradie
       for (int j = 0; j < RUN; ++j) sum[j] += part[j];
     }
     if (k0 + k < K && c0 * RS + at < C * RS)
-      store_vector(dweight + ((size_t)split * K + k0 + k) * (C * RS) + c0 * RS + at, sum);
+      store_vector(dweight + ((size_t)split * K + k0 + k) * (C * RS) + c0 * RS + at,
+                   sum);
   });
   if (with_bias && threadIdx.x < KT && k0 + threadIdx.x < K) {
     float sum = 0.0f;
@@ -351,8 +350,8 @@ constexpr int SHARED_WORDS = weight_gradient::SHARED_WORDS;
 #endif
 static_assert(SHARED_WORDS * 4 == SHARED, "the host counts the same bytes");
 
-// stages: of a split, of weight_gradient::STAGE images. dweight (splits, K, C, R, S), dbias
-// (splits, K) or null.
+// stages: of a split, of weight_gradient::STAGE images. dweight (splits, K, C, R, S),
+// dbias (splits, K) or null.
 extern "C" __global__ void __launch_bounds__(THREADS)
     conv_small_backward(const float* __restrict__ dy, const float* __restrict__ y,
                         const u8* __restrict__, const float* __restrict__ x,

@@ -8,7 +8,8 @@
 
 // A matrix in global memory of rows of length LENGTH; where a second one is given,
 // numbers count only where it is positive (dz = dy masked by y).
-template <int LENGTH> struct Matrix {
+template <int LENGTH>
+struct Matrix {
   static constexpr int RUN = run(LENGTH);
   const float* __restrict__ data;
   const float* __restrict__ mask;
@@ -79,7 +80,8 @@ __device__ __forceinline__ void load_along(u32* tile, const Matrix<LENGTH>& from
 // A block's tile of D: WM x WN warps, each MT x 16 rows and NT x 8 columns; a stage of
 // the contraction is DEPTH words. A lies in shared memory as [row][word] (ALONG) or
 // [word][row]; strides keep the lanes in different banks.
-template <int WM_, int MT_, int NT_, int DEPTH_, bool ALONG> struct Tile {
+template <int WM_, int MT_, int NT_, int DEPTH_, bool ALONG>
+struct Tile {
   static constexpr int WM = WM_, MT = MT_, NT = NT_, WN = WARPS / WM, DEPTH = DEPTH_;
   static constexpr int ROWS = 16 * MT * WM, COLUMNS = 8 * NT * WN;
   static constexpr int A_STRIDE = ALONG ? stride(DEPTH, 4) : stride(ROWS, 8);

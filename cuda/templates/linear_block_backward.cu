@@ -51,7 +51,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     WeightTile tile;
     for (int n = split * images; n < end; n += DEPTH * E) {
       __syncthreads();
-      load_down<COPIED, DEPTH, WeightTile::COLUMNS, WeightTile::B_STRIDE>(b, input, n, i0);
+      load_down<COPIED, DEPTH, WeightTile::COLUMNS, WeightTile::B_STRIDE>(b, input, n,
+                                                                          i0);
       copy_commit();
       load_down<false, DEPTH, WeightTile::ROWS, WeightTile::A_STRIDE>(a, dz, n, o0);
       copy_wait<0>();
@@ -70,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     DataTile tile;
     for (int o = 0; o < O; o += DEPTH * E) {
       __syncthreads();
-      load_down<COPIED, DEPTH, DataTile::COLUMNS, DataTile::B_STRIDE>(b, weights, o, i0);
+      load_down<COPIED, DEPTH, DataTile::COLUMNS, DataTile::B_STRIDE>(b, weights, o,
+                                                                      i0);
       copy_commit();
       load_along<DataTile::ROWS, DEPTH, DataTile::A_STRIDE>(a, dz, n0, o);
       copy_wait<0>();

@@ -8,7 +8,8 @@
 //   dz[n,h] = sum_o dlogits[n,o] weight_out[o,h] where hidden[n,h] > 0, else 0
 //   dx[n,i] = sum_h dz[n,h] weight[h,i]
 //   dweight[h,i] = sum_n dz[n,h] x[n,i]               dbias[h] = sum_n dz[n,h]
-//   dweight_out[o,h] = sum_n dlogits[n,o] hidden[n,h]   dbias_out[o] = sum_n dlogits[n,o]
+//   dweight_out[o,h] = sum_n dlogits[n,o] hidden[n,h]
+//   dbias_out[o] = sum_n dlogits[n,o]
 // With INPUT_RELU, x itself is what a relu let through, and dx is 0 where x is not
 // positive: the layer before need not look at x again.
 //
@@ -18,8 +19,8 @@
 //   data    ROWS images, COLUMNS inputs of dx; contraction over all H at once
 //   weight  a tile of dweight; contraction over the images of a split
 //   out     all o, a tile of h of dweight_out; contraction over the images of a split
-// The contractions, that of dz too, run on tensor cores (linear_backward.cuh). Splits of the batch write
-// partial gradients, and update.cu adds them in order.
+// The contractions, that of dz too, run on tensor cores (linear_backward.cuh). Splits
+// of the batch write partial gradients, and update.cu adds them in order.
 //
 // SETTLED: weight, weight_out and x were complete before the kernel ahead of this one
 // started, so they are fetched while that one still runs.
@@ -47,7 +48,8 @@ static_assert(4 * DataTile::SHARED_WORDS <= SHARED &&
 // dz of ROWS images and COLUMNS hidden units: a product of dlogits and weight_out with
 // images as rows, whose operands go from global memory into registers. With PAIRED
 // images 2g and 2g+1 are a lane's two rows, otherwise g and g+8.
-template <int ROWS, int COLUMNS, bool PAIRED> struct HiddenGradient {
+template <int ROWS, int COLUMNS, bool PAIRED>
+struct HiddenGradient {
   static constexpr int WM = ROWS / 16, WN = WARPS / WM;
   static constexpr int NT = ceil_div(COLUMNS, 8 * WN), STEPS = ceil_div(O, 8 * E);
   static_assert(ROWS % 16 == 0 && WARPS % WM == 0, "a row of tiles for each warp");
@@ -187,14 +189,11 @@ __device__ __forceinline__ void data_block(int block, float* shared,
   tile.store<I>(dx, n0, N, i0);
 }
 
-__device__ __forceinline__ void weight_block(int block, float* shared,
-                                             const float* __restrict__ dlogits,
-                                             const float* __restrict__ hidden,
-                                             const float* __restrict__ x,
-                                             const float* __restrict__ weight_out,
-                                             float* __restrict__ dweight,
-                                             float* __restrict__ dbias, int N,
-                                             int images) {
+__device__ __forceinline__ void weight_block(
+    int block, float* shared, const float* __restrict__ dlogits,
+    const float* __restrict__ hidden, const float* __restrict__ x,
+    const float* __restrict__ weight_out, float* __restrict__ dweight,
+    float* __restrict__ dbias, int N, int images) {
   const int i_tile = block % WEIGHT_I_TILES, h_tile = block / WEIGHT_I_TILES % H_TILES;
   const int split = block / (WEIGHT_I_TILES * H_TILES);
   const int h0 = h_tile * WeightTile::ROWS, i0 = i_tile * WeightTile::COLUMNS;

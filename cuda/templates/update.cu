@@ -179,10 +179,13 @@ struct SGD {
 
 // Slabs that a rule has no use for are null; grads too if nobody wants to see
 // gradients.
-template <class Rule> __device__ __forceinline__ void update(
-    const Entry* __restrict__ table, int entries, float* __restrict__ params,
-    float* __restrict__ grads, float* __restrict__ squares, float* __restrict__ buffers,
-    const float* __restrict__ lr, const Rule& rule) {
+template <class Rule>
+__device__ __forceinline__ void update(const Entry* __restrict__ table, int entries,
+                                       float* __restrict__ params,
+                                       float* __restrict__ grads,
+                                       float* __restrict__ squares,
+                                       float* __restrict__ buffers,
+                                       const float* __restrict__ lr, const Rule& rule) {
   // all threads look for the entry of this block at once
   int before = 0;
   for (int first = 0; first < entries; first += THREADS) {

@@ -260,11 +260,12 @@ def conv_block_backward(
     dbias : Tensor (K,) or None
         Written.
     relu, pool, stride, padding
-        As in the forward; without ``relu``, dy is 0 already where relu was not positive.
+        As in the forward. Where dy is 0 already wherever a ReLU let nothing through,
+        ``relu`` may be False, and y is not read.
     need_dx : bool
     settled : bool
         Whether weight and x were complete before the kernel ahead of this one started,
-        as they are in a training step; a kernel may then fetch them while that one still
+        as they are in a training step; they may then be fetched while that one still
         runs.
 
     Returns
