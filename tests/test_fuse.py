@@ -187,6 +187,45 @@ def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
     return cpu.linear_backward(dlogits, x, weight, dweight, dbias, need_dx)
 
 
+def tail_backward(
+    dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
+    need_dx,
+):  # fmt: skip
+    dy = head_backward(dlogits, hidden, weight_out, dweight_out, dbias_out, True)
+    return linear_block_backward(dy, hidden, x, weight, dweight, dbias, True, need_dx)
+
+
+def tail_backward_partials(dlogits, hidden, x, weight, weight_out, need_dx):
+    dy, made_out = head_backward_partials(dlogits, hidden, weight_out, True)
+    given = dy, hidden, x, weight, True, need_dx
+    return *linear_block_backward_partials(*given), made_out
+
+
+PAIR = True, (2, 2), (1, 1), (0, 0)  # relu, pool, stride, padding
+
+
+def conv_pair_backward(
+    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+):
+    weight1 = cycnn.zeros(dweight1.shape, device="cpu")
+    given = dy, None, code2, y1, weight2, dweight2, dbias2, *PAIR, True
+    dy = conv_block_backward(*given)
+    conv_block_backward(dy, None, code1, x, weight1, dweight1, dbias1, *PAIR, False)
+
+
+def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
+    weight1 = cycnn.zeros((y1.shape[1], 1, 5, 5), device="cpu")
+    given = dy, None, code2, y1, weight2, *PAIR, True
+    dy, second = conv_block_backward_partials(*given)
+    given = dy, None, code1, x, weight1, *PAIR, False
+    return second, conv_block_backward_partials(*given)[1]
+
+
+def conv_pair_backward_supported(device, x_shape, first, second):
+    blocks = first, second
+    return all(block[0][2:] == (5, 5) and block[1:] == PAIR[1:] for block in blocks)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Stand-ins for the kernels; the list of those that ran."""
@@ -215,10 +254,18 @@ def calls(monkeypatch):
         conv_block_backward_partials,
         linear_block_backward_partials,
         head_backward_partials,
+        tail_backward,
+        tail_backward_partials,
+        conv_pair_backward,
+        conv_pair_backward_partials,
     ):
         monkeypatch.setattr(fused, function.__name__, stand_in(function))
     for name in ("conv_block", "conv_pair", "gather", "linear_block", "head", "tail"):
         monkeypatch.setattr(fused, f"{name}_supported", lambda *_: True)
+    monkeypatch.setattr(fused, "tail_backward_supported", lambda *_: True)
+    monkeypatch.setattr(
+        fused, "conv_pair_backward_supported", conv_pair_backward_supported
+    )
     monkeypatch.setattr(fused, "updater", Updater)
     return ran
 
@@ -417,7 +464,11 @@ def test_training_fused_on_a_device_without_kernels():
 
 
 @pytest.mark.parametrize("method", ["RMSprop", "SGD"])
-def test_a_recorded_step_adds_the_parts_of_gradients_up(method, calls):
+@pytest.mark.parametrize("last", ["tail", "head"])
+def test_a_recorded_step_adds_the_parts_of_gradients_up(
+    method, last, calls, monkeypatch
+):
+    monkeypatch.setattr(fused, "tail_backward_supported", lambda *_: last == "tail")
     train = patterns(100, side=28, classes=10)
     states = []
     for capture in (False, True):
@@ -433,9 +484,27 @@ def test_a_recorded_step_adds_the_parts_of_gradients_up(method, calls):
         trainer.fit(train, 2, 32, seed=1)
         grads = [p.grad.numpy() for p in model.parameters()]
         states.append([*model.state_dict().values(), *grads])
-    assert "conv_block_backward_partials" in calls and "head_backward_partials" in calls
+    assert "conv_block_backward_partials" in calls
+    assert f"{last}_backward_partials" in calls
     for one, other in zip(*states):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", ["tail", "head"])
+def test_the_reference_network_recorded(last, calls, monkeypatch):
+    monkeypatch.setattr(fused, "tail_backward_supported", lambda *_: last == "tail")
+    train = patterns(50, side=28, classes=10)
+    digests = []
+    for capture in (False, True):
+        cycnn.manual_seed(0)
+        model = nn.reference_network()
+        rule = optim.SGD(model.parameters(), lr=0.01)
+        trainer = cycnn.Trainer(model, nn.NLLLoss(), rule, capture=capture, fuse=True)
+        trainer.fit(train, 2, 16, seed=1)
+        digests.append([*model.state_dict().values()])
+    assert {"conv_pair_backward", "conv_pair_backward_partials"} < set(calls)
+    for one, other in zip(*digests):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 class Meddler:

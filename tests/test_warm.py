@@ -22,6 +22,7 @@ from cycnn.nn.fuse import forward_kernels
 from cycnn.ops import fused
 from cycnn.ops import fused_cuda_backward as backward
 from cycnn.ops import fused_cuda_forward as forward
+from cycnn.ops import fused_cuda_pair_backward as pair_backward
 from cycnn.tensor import empty, zeros
 
 # Options that change nothing make kernels that were not shipped; these compile quickly.
@@ -159,7 +160,7 @@ class RecordingKernel:
     launched = set()
 
     def __init__(self, library, name, signature, options=(), specific=False):
-        self.library = library
+        self.library, self.options, self.specific = library, options, specific
         self.what = library, tuple(options), bool(specific)
 
     def __call__(self, *_arguments, **_options):
@@ -171,8 +172,9 @@ def launched(monkeypatch):
     """The kernels that fused layers would launch on an H100, from tensors of the CPU."""
     gpu = SimpleNamespace(arch="sm_90", sm_count=132, compute=None, capability=(9, 0))
     caches = [forward._conv, forward._pair, forward._kernels, forward._machine]
-    caches += [backward._conv, backward._conv_kernel, backward._linear]
-    for module in (forward, backward):
+    caches += [backward._conv, backward._conv_kernel, backward._linear, backward._tail]
+    caches += [pair_backward._kernel, pair_backward._machine]
+    for module in (forward, backward, pair_backward):
         monkeypatch.setattr(module, "Kernel", RecordingKernel)
         monkeypatch.setattr(module, "_get", lambda index: gpu)
         monkeypatch.setattr(
@@ -180,8 +182,11 @@ def launched(monkeypatch):
             "empty_on_gpu",
             lambda shape, dtype, device: empty(shape, dtype, "cpu"),
         )
-    monkeypatch.setattr(backward, "_reduce", RecordingKernel("update", "", ""))
-    for name in ("conv_block", "gather", "linear_block", "head", "tail"):
+    for module in (backward, pair_backward):
+        monkeypatch.setattr(module, "_reduce", RecordingKernel("update", "", ""))
+    for name in (
+        "conv_block", "gather", "linear_block", "head", "tail", "tail_backward"
+    ):
         monkeypatch.setattr(fused, f"{name}_supported", lambda *given: True)
     machine = fused.machine("sm_90", 132)
     monkeypatch.setattr(
@@ -191,6 +196,13 @@ def launched(monkeypatch):
             forward.conv_pair_kernels(
                 machine, precision, x_shape, first, second, gather
             )
+        ),
+    )
+    monkeypatch.setattr(
+        fused,
+        "conv_pair_backward_supported",
+        lambda device, *given: bool(
+            pair_backward.conv_pair_backward_kernels(machine, "fp32", *given)
         ),
     )
     monkeypatch.setattr(cycnn.devices, "_default", cycnn.devices.CPU)
@@ -274,6 +286,7 @@ def test_the_reference_network_needs_what_the_plans_say():
         linear_backward,
         linear_forward,
         tail,
+        tail_backward,
     )
 
     objective = nn.Objective(nn.reference_network(), nn.NLLLoss(), fused=True)

@@ -279,6 +279,11 @@ class FusedConv2d(_Run):
             )
         )
 
+    def geometry(self) -> tuple:
+        """(shape of the weight, pool, stride, padding)."""
+        conv = self.parts[0]
+        return conv.weight.shape, self._pool, conv.stride, conv.padding
+
     def block(self) -> ConvBlock:
         """What the operations are given, but for the input."""
         conv = self.parts[0]
@@ -423,13 +428,22 @@ class FusedConvPair(_Run):
             input_grad,
             gather,
         )
-        if made:
+        if not made:
+            y_shape = _output_shape(first, x_shape)
+            apart = (
+                first.kernels(x_shape, input_grad, machine, precision, gather),
+                second.kernels(y_shape, True, machine, precision),
+            )
+            made = apart[0] + apart[1]
+            if not all(apart):
+                return made
+        if input_grad:
             return made
-        y_shape = _output_shape(first, x_shape)
-        return [
-            *first.kernels(x_shape, input_grad, machine, precision, gather),
-            *second.kernels(y_shape, True, machine, precision),
-        ]
+        back = fused.conv_pair_backward_kernels(
+            machine, precision, x_shape, first.geometry(), second.geometry()
+        )
+        forward = [kernel for kernel in made if kernel.library.endswith("_forward")]
+        return forward + back if back else made
 
     def forward(self, x):
         first, second = self._runs
@@ -448,8 +462,36 @@ class FusedConvPair(_Run):
 
     def backward(self, dy, input_grad=True, accumulate=False):
         first, second = self._runs
+        if not (input_grad or accumulate) and self._is_fused_backward():
+            return self._fused_backward(dy)
         dy = second.backward(dy, True, accumulate)
         return first.backward(dy, input_grad, accumulate)
+
+    def _is_fused_backward(self):
+        first, second = self._runs
+        if first._saved is None or second._saved is None:
+            return False
+        x = first._saved[0]
+        return fused.conv_pair_backward_supported(
+            x.device, x.shape, first.geometry(), second.geometry()
+        )
+
+    def _fused_backward(self, dy):
+        first, second = self._runs
+        (x, y1, code1), (_, y2, code2) = first._remembered(), second._remembered()
+        first._saved = second._saved = None
+        convs = second.parts[0], first.parts[0]
+        dy = as_gradient(self, dy, y2.shape, y2.device)
+        given = dy, code2, y1, code1, x, convs[0].weight.data
+        if self.partials is None:
+            grads = []
+            for conv in convs:
+                bias = None if conv.bias is None else conv.bias.grad
+                grads += [conv.weight.grad, bias]
+            fused.conv_pair_backward(*given, *grads)
+            return
+        for conv, made in zip(convs, fused.conv_pair_backward_partials(*given)):
+            _collect(self.partials, conv, made)
 
     def _forget(self):
         for run in self._runs:
@@ -732,6 +774,9 @@ class Objective:
             if self._linear is not None:
                 for layer in self.model._layers[:-3:-1]:
                     dy = layer.backward(dy)
+        elif self._is_tail_backward():
+            self._tail_backward(partials)
+            return
         else:
             (features, dlogits), self._saved = self._saved, None
             weight, bias = self._linear.weight, self._linear.bias
@@ -750,12 +795,48 @@ class Objective:
                     True,
                 )
         if self._hidden is not None:
-            learns = any(layer._walk() for layer in self._body)
-            dy = self._hidden.backward(dy, input_grad=learns)
-            if not learns:
-                self._body._forget()
-                return
-        self._body.backward(dy, input_grad=False)
+            dy = self._hidden.backward(dy, input_grad=self._body_learns())
+        self._end_backward(dy)
+
+    def _body_learns(self) -> bool:
+        return any(layer._walk() for layer in self._body)
+
+    def _end_backward(self, dy):
+        if self._hidden is not None and not self._body_learns():
+            self._body._forget()
+        else:
+            self._body.backward(dy, input_grad=False)
+
+    def _is_tail_backward(self) -> bool:
+        """Whether there is a kernel for the last two layers together."""
+        hidden = self._hidden
+        return (
+            hidden is not None
+            and len(hidden.parts) > 1
+            and hidden._saved is not None
+            and hidden._saved[1] is self._saved[0]
+            and fused.tail_backward_supported(
+                self._linear.weight.device, *self._linear.weight.shape[::-1]
+            )
+        )
+
+    def _tail_backward(self, partials):
+        (y, dlogits), self._saved = self._saved, None
+        (features, _), self._hidden._saved = self._hidden._saved, None
+        layers = self._hidden.parts[0], self._linear
+        given = dlogits, y, features, *(layer.weight.data for layer in layers)
+        learns = self._body_learns()
+        if partials is None:
+            grads = []
+            for layer in layers:
+                bias = None if layer.bias is None else layer.bias.grad
+                grads += [layer.weight.grad, bias]
+            dy = fused.tail_backward(*given, *grads, learns)
+        else:
+            dy, *made = fused.tail_backward_partials(*given, learns)
+            for layer, parts in zip(layers, made):
+                _collect(partials, layer, parts)
+        self._end_backward(dy)
 
 
 def forward_kernels(layers, x_shape, machine, precision) -> list:

@@ -160,19 +160,24 @@ def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None
     )
 
 
+# In a backward the kernel ahead wrote neither x nor a weight: what the forward read is
+# older ("settled"), and is fetched while that kernel still runs.
+
+
 def conv_block_backward(
     dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
 ):
     return _modules()[1].conv_block_backward(
-        dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx
-    )
+        dy, y, code, x, weight, dweight, dbias, relu, pool, stride, padding, need_dx,
+        settled=True,
+    )  # fmt: skip
 
 
 def conv_block_backward_partials(
     dy, y, code, x, weight, relu, pool, stride, padding, need_dx
 ):
     return _modules()[1].conv_block_backward_partials(
-        dy, y, code, x, weight, relu, pool, stride, padding, need_dx
+        dy, y, code, x, weight, relu, pool, stride, padding, need_dx, settled=True
     )
 
 
@@ -210,6 +215,61 @@ def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
 
 def head_backward_partials(dlogits, x, weight, need_dx):
     return _modules()[1].head_backward_partials(dlogits, x, weight, need_dx)
+
+
+@functools.lru_cache(maxsize=512)
+def tail_backward_supported(device, hidden, outputs) -> bool:
+    """Whether the device has a kernel for the backward of a tail with a ReLU."""
+    return linear_block_supported(device) and _modules()[1].tail_backward_supported(
+        hidden, outputs, device.index
+    )
+
+
+def tail_backward(
+    dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
+    need_dx,
+):  # fmt: skip
+    """The weights and x must be older than what the kernel ahead wrote."""
+    return _modules()[1].tail_backward(
+        dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
+        settled=True, need_dx=need_dx,
+    )  # fmt: skip
+
+
+def tail_backward_partials(dlogits, hidden, x, weight, weight_out, need_dx):
+    """See :func:`tail_backward`."""
+    return _modules()[1].tail_backward_partials(
+        dlogits, hidden, x, weight, weight_out, settled=True, need_dx=need_dx
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def conv_pair_backward_supported(device, x_shape, first, second) -> bool:
+    """Whether the device has a kernel for the backward of two convolution blocks.
+
+    ``first`` and ``second``: (shape of the weight, pool, stride, padding).
+    """
+    if not device.is_cuda or _modules() is None:
+        return False
+    from . import fused_cuda_pair_backward as pair
+
+    return pair.conv_pair_backward_supported(x_shape, first, second, device.index)
+
+
+def conv_pair_backward(
+    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+):
+    from . import fused_cuda_pair_backward as pair
+
+    pair.conv_pair_backward(
+        dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+    )
+
+
+def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
+    from . import fused_cuda_pair_backward as pair
+
+    return pair.conv_pair_backward_partials(dy, code2, y1, code1, x, weight2)
 
 
 def updater(parameters, device):
@@ -280,7 +340,7 @@ def conv_block_kernels(
         machine, precision, x_shape, w_shape, bias, *given, gather
     )
     back = backward.conv_block_kernels(
-        machine, precision, x_shape, w_shape, *given, need_dx
+        machine, precision, x_shape, w_shape, *given, need_dx, settled=True
     )
     return there + back if there and back else []
 
@@ -299,10 +359,14 @@ def conv_pair_kernels(
     if not there:
         return []
     y_shape = forward.conv_output_shape(x_shape, first)
-    given = machine, precision
     back = [
-        backward.conv_block_kernels(*given, x_shape, first[0], *first[2:], need_dx),
-        backward.conv_block_kernels(*given, y_shape, second[0], *second[2:], True),
+        backward.conv_block_kernels(
+            machine, precision, shape, block[0], *block[2:], with_dx, settled=True
+        )
+        for shape, block, with_dx in (
+            (x_shape, first, need_dx),
+            (y_shape, second, True),
+        )
     ]
     return there + back[0] + back[1] if all(back) else []
 
@@ -332,18 +396,40 @@ def head_kernels(machine, precision, n, inputs, classes, bias) -> list:
 def tail_kernels(
     machine, precision, n, inputs, hidden, classes, relu, bias, bias_out
 ) -> list:
-    """Kernels of a tail, forward and backward; empty where it is not supported."""
+    """Kernels of a linear layer and a head, forward and backward.
+
+    Empty where the head is not supported.
+    """
     forward, backward = _modules()
+    head = forward.head_kernels(machine, precision, hidden, classes, bias_out)
+    if not head:
+        return []
     there = forward.tail_kernels(
         machine, precision, inputs, hidden, classes, relu, bias, bias_out
     )
     if not there:
-        return []
-    return [
-        *there,
-        *backward.linear_block_kernels(machine, precision, n, inputs, hidden, relu),
-        *backward.linear_block_kernels(machine, precision, n, hidden, classes, False),
-    ]
+        there = head + forward.linear_block_kernels(
+            machine, precision, n, inputs, hidden, bias, relu
+        )
+    given = machine, precision, n
+    back = []
+    if relu:
+        back = backward.tail_backward_kernels(
+            *given, inputs, hidden, classes, settled=True
+        )
+    if not back:
+        back = [
+            *backward.linear_block_kernels(*given, inputs, hidden, relu),
+            *backward.linear_block_kernels(*given, hidden, classes, False),
+        ]
+    return there + back
+
+
+def conv_pair_backward_kernels(machine, precision, x_shape, first, second) -> list:
+    """Kernels of the backward of two blocks; see conv_pair_backward_supported."""
+    from . import fused_cuda_pair_backward as pair
+
+    return pair.conv_pair_backward_kernels(machine, precision, x_shape, first, second)
 
 
 def prepare(kernels, device) -> int:
