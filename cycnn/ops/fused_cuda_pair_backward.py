@@ -17,8 +17,8 @@ from ..gpu.launch import Kernel
 from ..precision import get_precision
 from ..shapes import ceil_div
 from ..tensor import empty_on_gpu
-from .fused_cuda_backward import Partials, _reduce, _unsupported, reduce_partials
 from .forward_plan import Machine
+from .fused_cuda_backward import Partials, _reduce, _unsupported, reduce_partials
 
 _FLOAT32 = np.dtype("float32")
 _THREADS = 512
