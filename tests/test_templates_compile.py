@@ -13,6 +13,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 from cycnn.gpu import compile as kernel_compile
 from cycnn.ops import conv_backward_plan, forward_plan
 from cycnn.ops import fused_cuda_backward as backward
+from cycnn.ops import fused_cuda_pair_backward as pair_backward
 
 PROCESSORS, BATCH = 132, 128
 MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
@@ -86,6 +87,11 @@ def head(arch, mode, shape):
     return plan.library, plan.definitions, plan.specific
 
 
+def conv_pair_backward(arch, mode, shape):
+    kernel = pair_backward._kernel(*shape, pair_backward._MODES[mode])
+    return kernel.library, kernel.options, kernel.specific
+
+
 def update(arch, mode, shape):
     return "update", (), False
 
@@ -98,6 +104,7 @@ KERNELS = {
     "first convolution, backward": (conv_backward, FIRST),
     "second convolution, backward": (conv_backward, SECOND),
     "third convolution, backward": (conv_backward, THIRD),
+    "both convolutions, backward": (conv_pair_backward, (32, 64)),
     "linear": (linear_forward, (512, 128)),
     "linear, backward": (linear_backward, (512, 128)),
     "head": (head, (128, 10)),

@@ -17,8 +17,8 @@ from ..gpu.launch import Kernel
 from ..precision import get_precision
 from ..shapes import ceil_div
 from ..tensor import empty_on_gpu
+from .forward_plan import Machine
 from .fused_cuda_backward import Partials, _reduce, _unsupported, reduce_partials
-from .fused_cuda_forward import Machine
 
 _FLOAT32 = np.dtype("float32")
 _THREADS = 512
@@ -115,7 +115,7 @@ def conv_pair_backward_kernels(machine, precision, x_shape, first, second) -> li
 
     Parameters
     ----------
-    machine : fused_cuda_forward.Machine
+    machine : forward_plan.Machine
     precision : {"fp32", "tf32", "bf16"}
     x_shape, first, second
         As in :func:`conv_pair_backward_supported`.
