@@ -47,6 +47,7 @@ sys.path.append(str(_HERE.parent.parent))
 
 _RESULT = "RESULT "
 _WARMUP = 1  # epochs
+_FAILURES = 3  # in a row, after which a kind of contestant is given up
 _LIBRARIES = {"cycnn": "cycnn", "torch": "PyTorch", "jax": "JAX"}
 _KINDS = ("cycnn", "cycnn-eager", "torch-eager", "torch-graph", "torch-compile",
           "jax-scan")
@@ -183,7 +184,7 @@ def predict(contestant, setting, options, data, clock):
     parts = parts[: groups * calls]
     for _ in range(4):
         score(parts[0])  # compiles, captures
-    found = np.concatenate([score(part) for part in parts])
+    found = np.concatenate([contestant.array(score(part)) for part in parts])
     accuracy = float((found.argmax(1) == test.labels[: len(found)]).mean())
     seconds, number = [], 0
     for _ in range(groups):
@@ -260,14 +261,17 @@ def compete(kind, jobs, options):
         for job in jobs:
             yield job, {"error": f"{_LIBRARIES[library]} is not installed"}
         return
-    left = list(jobs)
-    while left:
+    left, failures = list(jobs), 0
+    while left and failures < _FAILURES:
         together = [job for job in left if job.setting != "start"]
         # starting is what that is about, so each gets a process of its own
         together = together or left[:1]
         for job, result in zip(together, results(kind, together, options, python)):
             left.remove(job)
             yield job, result
+            failures = failures + 1 if "error" in result else 0
+    for job in left:
+        yield job, {"error": f"left out: {failures} failures in a row before"}
 
 
 def measure(kind, jobs, options):

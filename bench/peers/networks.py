@@ -249,7 +249,7 @@ SETTINGS = {
     ),
     "predict-10000-resident": Setting(
         "predict", "reference", 10_000,
-        f"{_REFERENCE}: scores of 10,000 images on the device, to host array",
+        f"{_REFERENCE}: scores of 10,000 images, all on the device",
         resident=True,
     ),
     "predict-1": Setting(

@@ -70,16 +70,27 @@ class Contestant:
     def predictor(self, setting, weights, images):
         """(function of a slice to the scores of those images, settings).
 
-        The scores are an ndarray; images are one, float32, and for some settings are
-        put on the device first.
+        Images and scores are ndarrays, float32; or, if the setting says so, both lie on
+        the device, and the function waits for the scores.
         """
         cycnn.set_precision(self.precision)
         network = networks.NETWORKS[setting.network]
-        trainer = self.trainer(setting, network, weights)
-        if self.capture is None and hasattr(trainer.model, "predict"):
-            predict, name = trainer.model.predict, "model.predict"
-        else:
-            predict, name = trainer.predict_proba, "Trainer.predict_proba"
-        if setting.resident:
-            images = cycnn.Tensor(images, self.device)
-        return lambda part: np.asarray(predict(images[part])), f"{self.how}, {name}"
+        # kept, which a Predictor does not do
+        model = self.model = self.trainer(setting, network, weights).model
+        predict = model.predict
+        if self.capture is False:
+            predict = nn.Predictor(model, captured=False)
+        settings = f"{self.how}, model.predict"
+        if not setting.resident:
+            return lambda part: predict(images[part]), settings
+        images = cycnn.Tensor(images, self.device)
+
+        def score(part):
+            scores = predict(images[part])
+            cycnn.synchronize(self.device)
+            return scores
+
+        return score, settings
+
+    # scores, wherever they are, as an ndarray
+    array = staticmethod(np.asarray)

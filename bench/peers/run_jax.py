@@ -99,10 +99,15 @@ class Contestant:
         images = nhwc(images)
         if setting.resident:  # all of them: a slice would be another launch
             images = jax.block_until_ready(jnp.asarray(images, self.compute))
-            return lambda part: np.asarray(scores(parameters, images)), self.settings()
+            return lambda part: jax.block_until_ready(scores(parameters, images)), (
+                self.settings()
+            )
         return lambda part: np.asarray(scores(parameters, images[part])), (
             self.settings()
         )
+
+    # as in run_cycnn
+    array = staticmethod(np.asarray)
 
     # what is compiled
 

@@ -105,6 +105,10 @@ class Contestant:
         settings = [layout, f"{piece} at a time", *self.settings(), *run.settings()]
         return run.scores, ", ".join(settings)
 
+    def array(self, scores):
+        """As :attr:`run_cycnn.Contestant.array`."""
+        return torch.as_tensor(scores).cpu().numpy()
+
 
 class Training:
     """One model in training."""
@@ -247,14 +251,15 @@ class Inference:
     """The scores of images, in pieces of one size."""
 
     def __init__(self, contestant, setting, weights, images, layout, piece):
-        device = contestant.device
+        device, self.resident = contestant.device, setting.resident
+        self.synchronize = contestant.synchronize
         self.count, self.half = setting.batch, contestant.precision == "bf16"
         dtype = torch.bfloat16 if self.half else torch.float32
         layout = getattr(torch, layout)
         network = networks.NETWORKS[setting.network]
         self.model = build(network, weights).to(device, dtype, memory_format=layout)
         self.images = torch.from_numpy(images)
-        if setting.resident:
+        if self.resident:
             self.images = self.images.to(device, dtype, memory_format=layout)
         # where a graph finds its images
         self.x = torch.zeros(
@@ -282,7 +287,11 @@ class Inference:
                 self.graph.replay()
                 # the next replay overwrites it
                 found.append(self.y.clone() if len(pieces) > 1 else self.y)
-        return (found[0] if len(found) == 1 else torch.cat(found)).cpu().numpy()
+        found = found[0] if len(found) == 1 else torch.cat(found)
+        if not self.resident:
+            return found.cpu().numpy()
+        self.synchronize()
+        return found
 
     def trial(self):
         """Seconds of a call."""
