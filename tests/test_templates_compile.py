@@ -60,7 +60,7 @@ def conv_backward(arch, mode, shape):
     block = conv_backward_plan.Shape(
         c, h, w, k, (r, r), (1, 1), (0, 0), pool or (0, 0), True
     )
-    plan = conv_backward_plan.plan(block, mode, c > 1)
+    plan = conv_backward_plan.plan(block, mode, c > 1, settled=True)
     return plan.library, plan.options, False
 
 
@@ -76,7 +76,7 @@ def linear_backward(arch, mode, shape):
 
 
 def tail_backward(arch, mode, shape):
-    kernel = backward._tail(BATCH, *shape, True, True, mode, PROCESSORS).kernel
+    kernel = backward._tail(BATCH, *shape, False, True, mode, PROCESSORS).kernel
     return kernel.library, kernel.options, kernel.specific
 
 
