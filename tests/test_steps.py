@@ -7,6 +7,7 @@ from training import digest, figures, make_trainer, patterns
 import cycnn
 from cycnn import optim
 from cycnn.ops import Feed, for_device
+from cycnn.train.steps import CapturedSteps
 
 TRAIN = patterns(200)
 TEST = patterns(70, seed=9)
@@ -24,6 +25,26 @@ def test_recorded_steps_end_with_the_same_bits(schedule):
     assert figures(histories[0]) == figures(histories[1])
     assert digest(trainers[0]) == digest(trainers[1])
     assert trainers[0].optimizer.lr == trainers[1].optimizer.lr
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_several_steps_of_one_graph_end_with_the_same_bits(batch_size, monkeypatch):
+    ran = []
+    run_next = CapturedSteps.run_next
+    monkeypatch.setattr(
+        CapturedSteps,
+        "run_next",
+        lambda self, most: ran.append(run_next(self, most)) or ran[-1],
+    )
+    results = []
+    for capture in (False, True):
+        trainer = make_trainer()
+        trainer.capture = capture
+        history = trainer.fit(TRAIN, 3, batch_size, seed=5)
+        results.append((figures(history), digest(trainer)))
+    assert results[0] == results[1]
+    epoch = {3: [8] * 8 + [1] * 3, 8: [8] * 3 + [1]}[batch_size]
+    assert ran == 3 * epoch
 
 
 class StopAt:

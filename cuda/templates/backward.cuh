@@ -93,17 +93,21 @@ __device__ __forceinline__ float sum_of(u32 word) {
 
 // ---- moving runs of numbers
 
-template <int COUNT>
-__device__ __forceinline__ void load_run(float (&v)[COUNT],
-                                         const float* __restrict__ from) {
+// FRESH: see load_fresh in fused.cuh.
+template <bool FRESH, class T>
+__device__ __forceinline__ T load(const T* from) {
+  return FRESH ? load_fresh(from) : __ldg(from);
+}
+template <bool FRESH = false, int COUNT>
+__device__ __forceinline__ void load_run(float (&v)[COUNT], const float* from) {
   if (COUNT == 4) {
-    const float4 f = __ldg((const float4*)from);
+    const float4 f = load<FRESH>((const float4*)from);
     v[0] = f.x, v[1 % COUNT] = f.y, v[2 % COUNT] = f.z, v[3 % COUNT] = f.w;
   } else if (COUNT == 2) {
-    const float2 f = __ldg((const float2*)from);
+    const float2 f = load<FRESH>((const float2*)from);
     v[0] = f.x, v[1 % COUNT] = f.y;
   } else {
-    v[0] = __ldg(from);
+    v[0] = load<FRESH>(from);
   }
 }
 

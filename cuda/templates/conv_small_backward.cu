@@ -40,32 +40,31 @@ constexpr int P = H + 2 * PAD_H - R + 1, Q = W + 2 * PAD_W - S + 1;
 constexpr int PQ = P * Q, HW = H * W, RS = R * S;
 
 // All numbers of an image of a channel.
-template <int COUNT>
+template <bool FRESH, int COUNT>
 __device__ __forceinline__ void load_image(float (&v)[COUNT],
-                                           const float* __restrict__ from,
-                                           bool inside) {
+                                           const float* from, bool inside) {
   constexpr int RUN = run(COUNT);
 #pragma unroll
   for (int i = 0; i < COUNT; i += RUN) {
     float part[RUN] = {};
-    if (inside) load_run(part, from + i);
+    if (inside) load_run<FRESH>(part, from + i);
 #pragma unroll
     for (int j = 0; j < RUN; ++j) v[i + j] = part[j];
   }
 }
 
 struct Gradient {
-  const float* __restrict__ dy;
-  const float* __restrict__ y;
+  const float* dy;
+  const float* y;
 
   // dz of image n and channel k
   __device__ __forceinline__ void load(float (&dz)[PQ], int n, int k, int N) const {
     const bool inside = n < N && k < K;
     const size_t at = ((size_t)n * K + k) * PQ;
-    load_image(dz, dy + at, inside);
+    load_image<true>(dz, dy + at, inside);
     if (RELU) {
       float passed[PQ];
-      load_image(passed, y + at, inside);
+      load_image<true>(passed, y + at, inside);
 #pragma unroll
       for (int i = 0; i < PQ; ++i)
         if (!(passed[i] > 0.0f)) dz[i] = 0.0f;
@@ -262,8 +261,8 @@ __device__ __forceinline__ void run_block(
       const int n = n0 + word * 4 * E;
       const float* const image = x + ((size_t)n * C + c) * HW;
       float low[HW], high[HW];
-      load_image(low, image, n < end && c < C);
-      if (E == 2) load_image(high, image + (size_t)C * HW, n + 1 < end && c < C);
+      load_image<false>(low, image, n < end && c < C);
+      if (E == 2) load_image<false>(high, image + (size_t)C * HW, n + 1 < end && c < C);
       make_words(xs[word], low, E == 2 ? high : low);
     }
     if (first == begin) {

@@ -224,6 +224,13 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// A number that the kernel ahead wrote, where this one has loads before its wait too.
+// What __ldg reads, or a const __restrict__ pointer, nobody writes while the kernel
+// runs: that is what they say, and the assembler moves such loads ahead of the wait.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* from) {
+  return __ldcg(from);
+}
 // the next kernel may start, up to its own wait
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900

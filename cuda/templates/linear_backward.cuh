@@ -11,8 +11,8 @@
 template <int LENGTH>
 struct Matrix {
   static constexpr int RUN = run(LENGTH);
-  const float* __restrict__ data;
-  const float* __restrict__ mask;
+  const float* data;
+  const float* mask;
   int rows;
 
   __device__ __forceinline__ bool inside(int row, int column) const {
@@ -23,10 +23,10 @@ struct Matrix {
     for (int j = 0; j < RUN; ++j) v[j] = 0.0f;
     if (!inside(row, column)) return;
     const size_t at = (size_t)row * LENGTH + column;
-    load_run(v, data + at);
+    load_run<true>(v, data + at);
     if (mask) {
       float y[RUN];
-      load_run(y, mask + at);
+      load_run<true>(y, mask + at);
 #pragma unroll
       for (int j = 0; j < RUN; ++j)
         if (!(y[j] > 0.0f)) v[j] = 0.0f;

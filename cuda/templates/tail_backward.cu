@@ -60,11 +60,13 @@ struct HiddenGradient {
   u32 b[STEPS][NT][2];
 
   // a word of numbers o, o + stride
+  template <bool FRESH>
   static __device__ __forceinline__ u32 word(const float* from, int o, int stride,
                                              bool inside) {
-    const float low = inside && o < O ? __ldg(from + o * stride) : 0.0f;
+    const float low = inside && o < O ? load<FRESH>(from + o * stride) : 0.0f;
     if (E == 1) return operand(low);
-    return pack_bf16(low, inside && o + 1 < O ? __ldg(from + (o + 1) * stride) : 0.0f);
+    const bool both = inside && o + 1 < O;
+    return pack_bf16(low, both ? load<FRESH>(from + (o + 1) * stride) : 0.0f);
   }
 
   __device__ __forceinline__ void load_weights(const float* __restrict__ weight_out,
@@ -76,7 +78,8 @@ struct HiddenGradient {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int h = h0 + column0 + n * 8 + g;
-          b[step][n][i] = word(weight_out + h, (step * 8 + t + 4 * i) * E, H, h < H);
+          b[step][n][i] =
+              word<false>(weight_out + h, (step * 8 + t + 4 * i) * E, H, h < H);
         }
   }
 
@@ -95,8 +98,8 @@ struct HiddenGradient {
       for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          words[i][half] = word(dlogits + (size_t)n[half] * O,
-                                (step * 8 + t + 4 * i) * E, 1, n[half] < end);
+          words[i][half] = word<true>(dlogits + (size_t)n[half] * O,
+                                      (step * 8 + t + 4 * i) * E, 1, n[half] < end);
       a[step].set(words[0][0], words[0][1], words[1][0], words[1][1]);
     }
     float y[NT][4];
@@ -108,10 +111,10 @@ struct HiddenGradient {
         const float* const from = hidden + (size_t)n[half] * H + h;
         float pair[2] = {};
         if (H % 2 == 0) {
-          if (n[half] < end && h < H) load_run(pair, from);
+          if (n[half] < end && h < H) load_run<true>(pair, from);
         } else {
-          if (n[half] < end && h < H) pair[0] = __ldg(from);
-          if (n[half] < end && h + 1 < H) pair[1] = __ldg(from + 1);
+          if (n[half] < end && h < H) pair[0] = load_fresh(from);
+          if (n[half] < end && h + 1 < H) pair[1] = load_fresh(from + 1);
         }
         y[tile][2 * half] = pair[0], y[tile][2 * half + 1] = pair[1];
       }

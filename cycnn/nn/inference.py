@@ -31,9 +31,10 @@ _SHAPES = 8  # that graphs are kept for; the one that was not used for longest g
 _FEW = 1 << 14  # numbers of an input that the GPU reads from the host's memory itself
 _FLOAT32 = np.dtype("float32")
 
-# All forward passes of a GPU use one stream, on which nothing else may be queued while
-# one is recorded. Reentrant: a layer may ask another model.
-_turn = threading.RLock()
+# All work of a GPU goes through one stream, on which nothing else may be queued while
+# something is recorded: predictions and steps of training take turns. Reentrant: a layer
+# may ask another model.
+turn = threading.RLock()
 
 
 class Predictor:
@@ -60,8 +61,8 @@ class Predictor:
     :meth:`release`. Layers of one's own must do the same operations each time; one that
     cannot be recorded, because it reads a result on the host, runs without a graph.
 
-    Several threads may predict: they take turns, whatever the models. No other thread
-    may use the same GPU meanwhile.
+    Several threads may predict and train: they take turns, whatever the models. What
+    else a thread does on the same GPU meanwhile may end up in a recording.
     """
 
     def __init__(self, model, fused=None, captured=None):
@@ -91,7 +92,7 @@ class Predictor:
             batch_size = BATCH
         elif batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        with _turn:
+        with turn:
             if self._seen is None or self._is_stale():
                 self._renew()
             first = self._model() if self._first is None else self._first
@@ -112,7 +113,7 @@ class Predictor:
 
     def release(self) -> None:
         """Free the graphs and their memory. They are made anew when needed."""
-        with _turn:
+        with turn:
             self._passes.clear()
             self._seen = None
 

@@ -53,8 +53,19 @@ class Steps:
         """
         raise NotImplementedError
 
-    def run_next(self) -> None:
-        """One step: forward, loss, backward, update."""
+    def run_next(self, most=1) -> int:
+        """The next step, or several: forward, loss, backward, update.
+
+        Parameters
+        ----------
+        most : int
+            Steps that may run, at least 1.
+
+        Returns
+        -------
+        int
+            Steps that ran.
+        """
         raise NotImplementedError
 
     def parameters_changed(self) -> None:
@@ -108,7 +119,7 @@ class EagerSteps(Steps):
         for _ in range(first):
             next(self.batches)
 
-    def run_next(self):
+    def run_next(self, most=1):
         images, labels = next(self.batches)
         trainer = self.trainer
         if trainer.schedule is not None:
@@ -117,19 +128,26 @@ class EagerSteps(Steps):
         self._train(images, labels)
         self.tally.count(len(labels))
         self.step += 1
+        return 1
 
     def end_epoch(self):
         # a loader that streams ends its thread when its iterator goes
         self.batches = None
 
 
+# Steps of one graph, where nobody looks between them: the GPU needs 1 to 2 us from one
+# graph to the next.
+_TOGETHER = 8
+
+
 class CapturedSteps(Steps):
-    """The whole step is one CUDA graph, from reading the batch to the update.
+    """The whole step is in a CUDA graph, from reading the batch to the update.
 
     The first step of each batch size runs operation by operation, while it is also
     seen which memory the step needs; the second is recorded, then replayed. There is
-    another graph for a smaller last batch. A graph is made anew when what it was
-    recorded with changes: the precision, or where the parameters are.
+    another graph for a smaller last batch, and one of several steps in a row. A graph
+    is made anew when what it was recorded with changes: the precision, or where the
+    parameters are.
 
     Notes
     -----
@@ -189,25 +207,29 @@ class CapturedSteps(Steps):
             self.window.reach(done, done + loader.batch_size)
         self.ops.begin_step(self.feed)
 
-    def run_next(self):
-        count = min(self.loader.batch_size, self.left)
+    def run_next(self, most=1):
+        count, steps = min(self.loader.batch_size, self.left), 1
         if self.window is not None:
             # a step reads its own images, and lays out the labels of the next one
             done = len(self.loader.dataset) - self.left
             self.window.reach(done, done + 2 * count)
-        graph = self.graphs.get(count)
+        elif min(most, self.left // count) >= _TOGETHER:
+            steps = _TOGETHER
+        graph = self.graphs.get((count, steps))
         if graph is None:
-            graph = self.graphs[count] = new_graph(self.loader.device)
+            graph = self.graphs[count, steps] = new_graph(self.loader.device)
             # with fused layers, the update adds up the parts of the gradients itself
-            graph.keep = self._partial_step(self.packed)
-            graph.rehearse(lambda: self._whole_step(count, graph.keep))
+            graph.keep = [self._partial_step(self.packed) for _ in range(steps)]
+            graph.rehearse(lambda: self._whole_steps(count, graph.keep))
         else:
             if not graph.recorded:
                 self._record(graph, count)
             graph.launch()
-        self.tally.count(count)
-        self.left -= count
-        self.step += 1
+        for _ in range(steps):
+            self.tally.count(count)
+        self.left -= steps * count
+        self.step += steps
+        return steps
 
     def parameters_changed(self):
         for packed in self.packed.values():
@@ -224,10 +246,11 @@ class CapturedSteps(Steps):
         return self.trainer.optimizer.partial_step(packed) if self.fused else None
 
     def _record(self, graph, count):
-        update = graph.keep
-        graph.record(lambda: self._whole_step(count, update, recording=True))
-        if update is not None:
-            update.upload()
+        updates = graph.keep
+        graph.record(lambda: self._whole_steps(count, updates, recording=True))
+        for update in updates:
+            if update is not None:
+                update.upload()
 
     def end_epoch(self):
         if self.window is not None:
@@ -242,7 +265,11 @@ class CapturedSteps(Steps):
         # the device is one step ahead, which the setter does not know
         self.ops.fill(trainer.optimizer.lr_tensor, trainer.optimizer.lr)
 
-    def _whole_step(self, count, update, recording=False):
+    def _whole_steps(self, count, updates, recording=False):
+        for update in updates:
+            self._whole_step(count, update, recording)
+
+    def _whole_step(self, count, update, recording):
         dataset, feed = self.loader.dataset, self.feed
         images = fused.Gather(
             self.held.images,

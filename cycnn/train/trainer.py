@@ -19,7 +19,7 @@ from .. import random, shapes
 from ..data import ArrayDataset, DataLoader
 from ..errors import ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential
-from ..nn.inference import BATCH
+from ..nn.inference import BATCH, turn
 from ..ops import for_device
 from ..tensor import Tensor, zeros
 from . import checkpoint
@@ -288,8 +288,9 @@ class Trainer:
         if test is not None:
             test_loader = DataLoader(test, BATCH, device=device)
         self.epochs, self.steps_per_epoch = epochs, len(loader)
-        self._tally = Tally(device, batch_size)
-        steps = self._steps(loader)
+        with turn:
+            self._tally = Tally(device, batch_size)
+            steps = self._steps(loader)
         self._stopped = False
         if self.epoch >= epochs:
             _log.warning(
@@ -360,32 +361,37 @@ class Trainer:
         return self._tally.state() if self.step else None
 
     def _run_epoch(self, steps, callbacks, guard):
-        tally = self._tally
-        tally.clear()
-        if self._partial is not None:
-            tally.restore(self._partial)
-            self._partial = None
         watchers = [c for c in callbacks if hasattr(c, "on_step_end")]
         meddling = any(type(watcher) is not ProgressBar for watcher in watchers)
         self.model.train()
         self._started = time.perf_counter()
         total = self.epochs * self.steps_per_epoch
-        steps.begin_epoch(tally, self.epoch, self.step, total)
+        with turn:
+            tally = self._tally
+            tally.clear()
+            if self._partial is not None:
+                tally.restore(self._partial)
+                self._partial = None
+            steps.begin_epoch(tally, self.epoch, self.step, total)
         try:
             while self.step < self.steps_per_epoch:
                 guard.in_step = True
-                steps.run_next()
-                self.step += 1
+                left = self.steps_per_epoch - self.step
+                with turn:
+                    self.step += steps.run_next(1 if meddling else left)
                 guard.leave_step()
                 for watcher in watchers:
                     watcher.on_step_end(self)
                 if meddling:
-                    steps.parameters_changed()
+                    with turn:
+                        steps.parameters_changed()
         finally:
-            steps.end_epoch()
+            with turn:
+                steps.end_epoch()
 
     def _finish_epoch(self, images, test_loader, callbacks, guard):
-        loss, accuracy = self._tally.read()
+        with turn:
+            loss, accuracy = self._tally.read()
         self._pause_clock()
         if not math.isfinite(loss):
             _log.warning(
@@ -397,7 +403,8 @@ class Trainer:
         seconds = self._seconds
         test = {"loss": None, "accuracy": None}
         if test_loader is not None:
-            test = self._evaluate(test_loader)
+            with turn:
+                test = self._evaluate(test_loader)
         record = EpochRecord(
             epoch=self.epoch + 1,
             loss=loss,
