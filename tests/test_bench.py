@@ -172,6 +172,13 @@ def test_chart_without_matplotlib(tmp_path, monkeypatch):
     assert done.stderr == "--chart needs matplotlib: pip install matplotlib\n"
 
 
+def test_the_table_of_errors():
+    done = bench("errors.py", "--device", "cpu", "--shapes", 3)
+    assert done.returncode == 0, done.stderr
+    errors = re.findall(r"\w+ (\d\.\de-\d+)", done.stdout)
+    assert len(errors) == 10 and max(map(float, errors)) < 1e-5
+
+
 def test_import_time():
     done = bench("import_time.py", "--repeats", 1)
     assert done.returncode == 0, done.stderr

@@ -96,6 +96,7 @@ class Steps:
         a ``feed`` is told to lay out the next step's batch.
         """
         scores, value = self.objective.forward(images, labels)
+        self.tally.check(scores)
         if update is None:
             self.objective.backward()
             self.trainer.optimizer.step()

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import random, shapes
 from ..data import ArrayDataset, DataLoader
-from ..errors import ShapeError
+from ..errors import DataError, ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential
 from ..nn.inference import BATCH, turn
 from ..ops import for_device
@@ -41,9 +41,11 @@ class Tally:
     are apart, since a replayed step does the first without Python.
     """
 
-    def __init__(self, device, batch_size):
+    def __init__(self, loader):
+        device = loader.device
         self._ops = for_device(device)
-        self._batch_size = batch_size
+        self._batch_size = loader.batch_size
+        self._classes = int(loader.dataset.labels.max(initial=-1)) + 1
         self._loss_sum = zeros((), device=device)
         self._rest = zeros((), device=device)
         self._hits = zeros((), "int32", device)
@@ -54,6 +56,17 @@ class Tally:
         for tensor in (self._loss_sum, self._rest, self._hits):
             self._ops.fill(tensor, 0)
         self._full = self._rest_count = 0
+
+    def check(self, scores):
+        """DataError if there are labels that the model has no score for.
+
+        The kernels of a GPU make such a loss NaN: they cannot raise.
+        """
+        if scores.shape[-1] < self._classes:
+            raise DataError(
+                f"the data set has labels up to {self._classes - 1}, and the model gives "
+                f"{scores.shape[-1]} scores an image: it needs {self._classes}"
+            )
 
     def add(self, losses, scores, labels, feed=None):
         """Add a batch on the device; ``losses``: its loss, or terms of which it is the
@@ -289,7 +302,7 @@ class Trainer:
             test_loader = DataLoader(test, BATCH, device=device)
         self.epochs, self.steps_per_epoch = epochs, len(loader)
         with turn:
-            self._tally = Tally(device, batch_size)
+            self._tally = Tally(loader)
             steps = self._steps(loader)
         self._stopped = False
         if self.epoch >= epochs:
@@ -447,10 +460,11 @@ class Trainer:
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        tally = Tally(self.model.device, loader.batch_size)
+        tally = Tally(loader)
         predictor = self._predictor()
         for images, labels in loader:
             scores = predictor.scores(images, loader.batch_size)
+            tally.check(scores)
             tally.add(self.loss(scores, labels), scores, labels)
             tally.count(len(labels))
         loss, accuracy = tally.read()

@@ -85,6 +85,49 @@ def test_a_hidden_gpu_is_no_gpu(visible):
     assert len(lines) == 2 and all("CUDA_VISIBLE_DEVICES" in line for line in lines)
 
 
+def test_a_gpu_that_is_too_old_is_named():
+    code = """if True:
+        import cycnn
+        from cycnn.gpu import device
+        device._MINIMUM_CAPABILITY = (99, 0)
+        print(cycnn.cuda_unavailable_reason())
+    """
+    assert "cycnn needs 99.0 or newer" in python(code)
+
+
+def test_an_interrupt_while_a_step_is_recorded():
+    code = """if True:
+        import signal
+        from cycnn import nn
+        from training import digest, figures, make_trainer, patterns
+
+        class Interrupts(nn.ReLU):
+            calls_left = -1
+
+            def forward(self, x):
+                self.calls_left -= 1
+                if self.calls_left == 0:
+                    signal.raise_signal(signal.SIGINT)
+                return super().forward(x)
+
+        train = patterns(60)
+        whole, broken = (make_trainer(device="cuda") for _ in range(2))
+        for trainer in (whole, broken):
+            layers = list(trainer.model)
+            trainer.model = nn.Sequential(layers[0], Interrupts(), *layers[2:])
+        broken.model[1].calls_left = 2  # the second is recorded
+        whole.fit(train, 2, 8, seed=1)
+        try:
+            broken.fit(train, 2, 8, seed=1)
+        except KeyboardInterrupt:
+            print("interrupted after", broken.step)
+        broken.fit(train, 2, 8, seed=1)
+        print(digest(broken) == digest(whole), figures(broken.history) ==
+              figures(whole.history))
+    """
+    assert python(code) == "interrupted after 2\nTrue True\n"
+
+
 @pytest.mark.parametrize("capture", [False, True])
 def test_an_interpreter_ends_with_everything_alive(capture):
     code = f"""if True:

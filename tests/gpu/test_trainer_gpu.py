@@ -7,7 +7,8 @@ import pytest
 from training import digest, figures, make_trainer, patterns
 
 import cycnn
-from cycnn import Trainer, nn, optim
+from cycnn import Trainer, data, nn, optim
+from cycnn.errors import DataError
 
 pytestmark = pytest.mark.gpu
 
@@ -97,3 +98,18 @@ def test_predictions():
     np.testing.assert_allclose(
         trainer.predict_proba(TEST), probabilities, rtol=1e-3, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_labels_without_a_score_are_refused_before_anything_changes(capture):
+    wrong = data.ArrayDataset(TRAIN.images, TRAIN.labels + 3, TRAIN.scale, TRAIN.shift)
+    trainer = make_trainer(device="cuda")
+    trainer.capture = capture
+    before = digest(trainer)
+    with pytest.raises(DataError, match="labels up to 6, .* gives 4 scores"):
+        trainer.fit(wrong, 1, 32, seed=5)
+    assert digest(trainer) == before
+    with pytest.raises(DataError, match="labels up to 6"):
+        trainer.evaluate(wrong)
+    fit(trainer)
+    assert np.isfinite(trainer.history["loss"]).all()
