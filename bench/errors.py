@@ -2,8 +2,8 @@
 
     python bench/errors.py [--device cpu] [--shapes 40]
 
-The error of a result is the length of its difference to the reference over the length of
-the reference (relative L2). Inputs, weights and gradients are drawn from N(0, 1).
+The error of a result is the length of its difference to the reference over the length
+of the reference (relative L2). Inputs, weights and gradients are drawn from N(0, 1).
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def main():
         ("LogSoftmax", draw_log_softmax, False),
     ]
     if device.is_cuda:
-        kinds += [("Conv2d, fused", draw_conv, True), ("Linear, fused", draw_linear, True)]
+        kinds.append(("Conv2d, fused", draw_conv, True))
+        kinds.append(("Linear, fused", draw_linear, True))
     print(f"device {device}, {options.shapes} shapes each; largest relative L2 error")
     for kind, draw, fused in kinds:
         for mode in modes:

@@ -43,6 +43,8 @@ COVERED = (
     "cycnn/ops/*fused*.py",
     "cycnn/ops/*plan.py",
     "cycnn/nn/fuse.py",
+    "cycnn/nn/inference.py",
+    "cycnn/data/window.py",
     "cycnn/train/steps.py",
     "cycnn/tensor.pyx",
     "cycnn/_dlpack.pyx",
