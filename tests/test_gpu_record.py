@@ -198,3 +198,30 @@ def test_what_is_checked_for_leaks_runs_to_its_end(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_record_holds_the_tools_that_passed_and_no_other(monkeypatch, tmp_path):
+    counts = {"passed": 3, "failed": 0, "skipped": 0, "left_out": 0, "seconds": 1.0}
+
+    def run_tests(jobs, prefix, judge, **environment):
+        if "racecheck" in prefix:
+            raise gpu_record.Failed("compute-sanitizer racecheck: 1 hazard")
+        return counts
+
+    for name, stand_in in {
+        "ROOT": tmp_path,
+        "RECORD": tmp_path / "record.json",
+        "query_device": lambda: {"device": "a GPU", "driver": "1"},
+        "find_sanitizer": lambda: "sanitizer",
+        "sanitizer_command": lambda sanitizer, tool: [sanitizer, "--tool", tool],
+        "check_leaks": lambda sanitizer: {"bytes": 0, "seconds": 1.0},
+        "run_tests": run_tests,
+        "digest": lambda *_: "of the sources",
+    }.items():
+        monkeypatch.setattr(gpu_record, name, stand_in)
+    tools = [f"--tool={tool}" for tool in ("memcheck", "racecheck", "initcheck")]
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", *tools])
+    assert gpu_record.main() == 1
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert list(record["sanitizer"]) == ["memcheck"]
+    assert record["tests"]["passed"] == 3 and record["digest"] == "of the sources"

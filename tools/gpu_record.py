@@ -3,8 +3,9 @@
     python tools/gpu_record.py              run; writes tests/gpu_record.json
     python tools/gpu_record.py --check      does the record belong to the sources?
 
-The record carries a digest of every source that runs on a GPU. It is written only where
-everything passed. compute-sanitizer's exit status alone does not say so (a program that
+The record carries a digest of every source that runs on a GPU. It is written when the
+tests have passed, plainly and under the first tool, and again after each further tool; what
+did not pass is never in it. compute-sanitizer's exit status alone does not say so (a program that
 never ran a kernel can look clean), so its summary and pytest's own counts are demanded
 too.
 
@@ -57,9 +58,10 @@ TOOLS = {
     "memcheck": ["--padding", "512"],
     "racecheck": ["--racecheck-report", "all"],
     "initcheck": [],
-    "synccheck": [],
+    # of kernels with many barriers in shared memory it would lose count
+    "synccheck": ["--num-cuda-barriers", "65536"],
 }
-OPTIONAL = ("--padding", "--racecheck-report")
+OPTIONAL = ("--padding", "--racecheck-report", "--num-cuda-barriers")
 # Libraries probe the driver with calls that may fail: those are not our errors.
 COMMON = [
     "--target-processes", "all",
@@ -302,8 +304,11 @@ def driver_version() -> str | None:
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout else None
 
 
-def make_record(tools: list[str], jobs: int) -> dict:
-    """Run everything; Failed at the first step that does not pass."""
+def make_record(tools: list[str], jobs: int):
+    """Run everything, yielding the record after each tool that passes.
+
+    Failed at the first step that does not pass.
+    """
     covered = digest()
     record = query_device()
     print(f"GPU: {record['device']}, driver {record['driver']}", flush=True)
@@ -327,12 +332,12 @@ def make_record(tools: list[str], jobs: int) -> dict:
             "left_out": counts["left_out"],
             "seconds": counts["seconds"],
         }
-    if digest() != covered:
-        raise Failed("the sources changed while the tests ran")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    record["date"] = now.isoformat(timespec="seconds")
-    record["digest"] = covered
-    return record
+        if digest() != covered:
+            raise Failed("the sources changed while the tests ran")
+        now = datetime.datetime.now(datetime.timezone.utc)
+        record["date"] = now.isoformat(timespec="seconds")
+        record["digest"] = covered
+        yield record
 
 
 def check_leaks(sanitizer: str) -> dict:
@@ -379,16 +384,23 @@ def main() -> int:
     if options.in_place:
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    written = "left as it was"
     try:
-        record = make_record(options.tool or ["memcheck"], max(options.jobs, 1))
+        for record in make_record(options.tool or ["memcheck"], max(options.jobs, 1)):
+            write(record)
+            written = f"written: {check()[1]}"
+            print(f"gpu: {RECORD.relative_to(ROOT)} is {written}", flush=True)
     except Failed as error:
-        print(f"gpu: FAILED, {error}. {RECORD.name} is left as it was.")
+        print(f"gpu: FAILED, {error}. {RECORD.name} is {written}")
         return 1
+    print("gpu: passed")
+    return 0
+
+
+def write(record: dict) -> None:
     temporary = RECORD.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     temporary.replace(RECORD)
-    print(f"gpu: passed. Wrote {RECORD.relative_to(ROOT)}: {check()[1]}")
-    return 0
 
 
 if __name__ == "__main__":
