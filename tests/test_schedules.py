@@ -5,7 +5,14 @@ import math
 import pytest
 
 from cycnn.optim import schedules
-from cycnn.optim.schedules import constant, cosine, linear, step, warmup
+from cycnn.optim.schedules import constant, cosine, linear, one_cycle, step, warmup
+
+
+# torch.optim.lr_scheduler.OneCycleLR(max_lr=1, total_steps=10, final_div_factor=1e30)
+ONE_CYCLE = [
+    0.04, 0.52, 1.0, 0.9504844339512095, 0.8117449009293668, 0.6112604669781572,
+    0.3887395330218428, 0.1882550990706332, 0.04951556604879043, 0.0,
+]  # fmt: skip
 
 
 def curve(schedule, total):
@@ -28,6 +35,11 @@ def curve(schedule, total):
         (warmup(0, linear()), 2, [1, 0.5]),
         (warmup(8), 4, [0.125, 0.25, 0.375, 0.5]),
         (warmup(1, warmup(2)), 4, [1, 0.5, 1, 1]),
+        (one_cycle(0.5, 0.2, 0.1), 6, [0.2, 0.6, 1, 0.775, 0.325, 0.1]),
+        (one_cycle(0.3, 0.04, 0), 10, ONE_CYCLE),
+        (one_cycle(peak=0, end=0), 3, [1, 0.5, 0]),
+        (one_cycle(peak=1, start=0), 3, [0, 0.5, 1]),
+        (one_cycle(), 1, [1]),
     ],
     ids=repr,
 )
@@ -59,7 +71,10 @@ def test_training_that_goes_on_stays_at_the_end(schedule, end):
 
 @pytest.mark.parametrize(
     "schedule",
-    [constant(), linear(0.25), cosine(), step(0.2, 0.5), warmup(5, after=cosine(0.5))],
+    [
+        constant(), linear(0.25), cosine(), step(0.2, 0.5), one_cycle(0.5, 0.25),
+        warmup(5, after=cosine(0.5)),
+    ],
     ids=repr,
 )
 def test_named_by_repr_and_equal_by_value(schedule):
@@ -88,6 +103,7 @@ def test_different_arguments_are_different_schedules():
         (lambda: step(0), ValueError, "every must be more than 0"),
         (lambda: step(10), ValueError, "every must be a number from 0 to 1, got 10"),
         (lambda: step(0.5, gamma=2), ValueError, "gamma"),
+        (lambda: one_cycle(peak=1.5), ValueError, "peak must be a number from 0 to 1"),
         (lambda: warmup(-1), ValueError, "steps must not be negative"),
         (lambda: warmup(0.5), TypeError, "steps must be an integer"),
         (lambda: warmup(1, after=0.5), TypeError, "after must be a schedule"),

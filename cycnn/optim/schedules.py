@@ -79,8 +79,47 @@ class cosine:
         _check_fraction("end", self.end)
 
     def __call__(self, step, total_steps):
-        half_wave = (1 + math.cos(math.pi * _progress(step, total_steps))) / 2
-        return self.end + (1 - self.end) * half_wave
+        return _half_cosine(1.0, self.end, _progress(step, total_steps))
+
+
+@dataclass(frozen=True)
+class one_cycle:
+    """Up to 1 along half a cosine, then down along another, below where it began.
+
+    PyTorch's OneCycleLR with its default, two phases: the base learning rate is its
+    ``max_lr`` (Smith and Topin, 2018). Its momentum stays as it is.
+
+    Parameters
+    ----------
+    peak : float
+        Where in the run it is 1, as a fraction.
+    start : float
+        Where it begins.
+    end : float
+        Where the last update is.
+    """
+
+    peak: float = 0.3
+    start: float = 1 / 25
+    end: float = 1 / 250_000
+
+    def __post_init__(self):
+        for name in ("peak", "start", "end"):
+            _check_fraction(name, getattr(self, name))
+
+    def __call__(self, step, total_steps):
+        _progress(step, total_steps)
+        last = max(total_steps - 1, 1)
+        top = min(max(self.peak * total_steps - 1, 0), last)
+        if step < top:
+            return _half_cosine(self.start, 1.0, step / top)
+        if top == last:
+            return 1.0
+        return _half_cosine(1.0, self.end, min((step - top) / (last - top), 1.0))
+
+
+def _half_cosine(start, end, part):
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
 @dataclass(frozen=True)
