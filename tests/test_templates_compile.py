@@ -4,7 +4,12 @@ A template has no kernel until a layer's shapes are filled in; the layers of the
 network stand for all.
 """
 
+import importlib.util
+import os
 import re
+import shutil
+import subprocess
+from functools import lru_cache
 
 import pytest
 
@@ -124,6 +129,7 @@ SOME_HAVE = [
 ]
 
 
+@lru_cache(None)
 def compiled(library, options, arch):
     sources = kernel_compile._sources(kernel_compile.source_directory())
     return kernel_compile.compile_source(
@@ -160,6 +166,48 @@ def test_no_double_arithmetic_and_no_float_atomics(kernel, mode):
     assert ".f32" in ptx
     assert ".f64" not in ptx
     assert not re.findall(r"\b(?:atom|red)\.\S*\.(?:f|bf)\d+\S*", ptx)
+
+
+def disassembler():
+    """nvdisasm: on the path, or of the PyPI wheel; None where there is none."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    path = [os.environ.get("PATH", ""), *(f"{f}/cu13/bin" for f in folders)]
+    return shutil.which("nvdisasm", path=os.pathsep.join(path))
+
+
+# These read weights and activations, which are older, ahead of the wait, and say by
+# load_fresh what must not be.
+READ_AHEAD = ("third convolution, backward", "linear and head, backward")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in READ_AHEAD])
+def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
+    """What the kernel ahead writes is read after griddepcontrol.wait (ACQBULK).
+
+    The assembler may move loads of what is called constant, and has done so.
+    """
+    program = disassembler()
+    if program is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    plan, shape = KERNELS[kernel]
+    library, options, specific = plan("sm_90", mode, shape)
+    image = tmp_path / "image.cubin"
+    image.write_bytes(compiled(library, options, "sm_90a" if specific else "sm_90"))
+    code = subprocess.run(
+        [program, "-c", image], capture_output=True, text=True, check=True
+    ).stdout
+    # what may run before a wait: since the last instruction that ends a path
+    seen, waits = [], 0
+    for word in re.findall(r"\b(?:ACQBULK|EXIT|RET|LDG\S*|\w*MMA)\b\S*", code):
+        if word.startswith("ACQBULK"):
+            waits += 1
+            assert not [load for load in seen if "CONSTANT" in load]
+        if not word.startswith("LDG"):
+            seen = []
+        seen.append(word)
+    assert waits
 
 
 def test_every_template_is_compiled_here():
