@@ -31,6 +31,8 @@ _HOME = {
     "DataError": "errors",
 }
 _MODULES = ("data", "nn", "optim", "ops")
+# Not in __all__: they need packages that cycnn does not bring.
+_EXTRAS = ("sklearn",)
 
 __all__ = ["__version__", *_HOME, *_MODULES]
 
@@ -38,7 +40,7 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 def __getattr__(name):
     if name in _HOME:
         value = getattr(importlib.import_module("." + _HOME[name], __name__), name)
-    elif name in _MODULES:
+    elif name in _MODULES or name in _EXTRAS:
         value = importlib.import_module("." + name, __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

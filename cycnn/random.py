@@ -6,7 +6,12 @@ with the same weights on the CPU and on every GPU.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+
 _generator = None
+# inside of seeded(): the generator of this thread
+_scoped = contextvars.ContextVar("cycnn.random", default=None)
 
 
 def manual_seed(seed: int) -> None:
@@ -18,17 +23,41 @@ def manual_seed(seed: int) -> None:
         Any integer from 0 to 2**64 - 1.
     """
     global _generator
+    made = _seeded_generator(seed)
+    if _scoped.get() is None:
+        _generator = made
+    else:
+        _scoped.set(made)
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Inside of the ``with``, what this thread draws depends on ``seed`` alone.
+
+    Other threads, and what follows, draw as if it had not been.
+    """
+    token = _scoped.set(_seeded_generator(seed))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def _seeded_generator(seed):
     import numpy as np
 
     seed = int(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
-    _generator = np.random.Generator(np.random.Philox(seed))
+    return np.random.Generator(np.random.Philox(seed))
 
 
 def generator():
     """The library's ``numpy.random.Generator``; seeded by the system at first use."""
     global _generator
+    scoped = _scoped.get()
+    if scoped is not None:
+        return scoped
     if _generator is None:
         import numpy as np
 

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cycnn"
 FLOORS = {
     "__main__": 10,
     "cli": 9,
+    "sklearn": 9,
     "train": 8,
     "nn": 6,
     "optim": 7,  # sees nn.Parameter

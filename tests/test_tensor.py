@@ -1,5 +1,7 @@
 """Tensors on the CPU: conversion at the edge, views, copies, exchange."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -192,3 +194,26 @@ def test_manual_seed_repeats():
     assert first[1] == again[1]
     with pytest.raises(ValueError, match="-1"):
         cycnn.manual_seed(-1)
+
+
+def test_a_seed_for_a_while_leaves_the_other_numbers_as_they_are():
+    from cycnn import random
+
+    cycnn.manual_seed(7)
+    expected = [random.draw_seed() for _ in range(3)]
+    cycnn.manual_seed(8)
+    of_eight = [random.draw_seed() for _ in range(2)]
+
+    cycnn.manual_seed(7)
+    found = [random.draw_seed()]
+    with random.seeded(8):
+        assert random.draw_seed() == of_eight[0]
+        with ThreadPoolExecutor(1) as other:
+            found.append(other.submit(random.draw_seed).result())
+        assert random.draw_seed() == of_eight[1]
+        cycnn.manual_seed(8)
+        assert random.draw_seed() == of_eight[0]
+    with pytest.raises(ValueError, match="-1"), random.seeded(-1):
+        pass
+    found.append(random.draw_seed())
+    assert found == expected
