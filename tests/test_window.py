@@ -118,3 +118,12 @@ def test_what_fails_in_the_thread_is_raised_where_it_is_used(monkeypatch):
     with pytest.raises(OSError, match="the disk is gone"):
         seen.reach(0, 10)
     seen.end()
+
+
+def test_a_mapped_set(tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", TRAIN.images)
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    train = data.ArrayDataset(mapped, TRAIN.labels)
+    assert np.shares_memory(train.images, mapped)
+    monkeypatch.setitem(globals(), "TRAIN", train)
+    check(32)

@@ -22,6 +22,7 @@ class ArrayDataset:
         C-contiguous: do not change them afterwards). Other floats become float32;
         other integers uint8 where they all fit, else float32. Images of shape
         (M, H, W) have one channel and become (M, 1, H, W); (M, F) are plain vectors.
+        A memory-mapped array that is kept stays mapped.
     labels : array_like of int, shape (M,)
         Class indices, never one-hot.
     scale, shift : float
@@ -43,6 +44,16 @@ class ArrayDataset:
         an image holds NaN or an infinity; the first such element is named.
     TypeError
         If images are not real numbers or labels not integers.
+
+    Notes
+    -----
+    A set larger than memory comes from a file of C-contiguous uint8 or float32:
+    ``ArrayDataset(np.load("images.npy", mmap_mode="r"), labels)``. A loader reads the
+    rows of its batches from it and no more, also shuffled, unless the whole set fits
+    the GPU; float32 is read through once more here, in search of NaN.
+    ``numpy.lib.format.open_memmap`` writes such a file piece by piece. It must not
+    become shorter while it is in use: the system ends a process that reads what is
+    gone.
     """
 
     def __init__(self, images, labels, scale=1.0, shift=0.0, classes=None):
@@ -119,7 +130,8 @@ def _as_images(images) -> np.ndarray:
     if kind == "f":
         # what float32 cannot hold becomes infinite here and is refused below
         with np.errstate(over="ignore"):
-            images = np.ascontiguousarray(images, dtype=np.float32)
+            # aligned too, else np.take would copy all images for every batch
+            images = np.require(images, np.float32, ("C", "A"))
         _refuse_non_finite(images)
     else:
         fits = images.dtype == np.uint8 or not images.size
