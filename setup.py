@@ -37,6 +37,7 @@ PACKAGES = [
     "cycnn.data",
     "cycnn.gpu",
     "cycnn.nn",
+    "cycnn.onnx",
     "cycnn.ops",
     "cycnn.optim",
     "cycnn.train",

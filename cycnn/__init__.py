@@ -30,7 +30,7 @@ _HOME = {
     "ShapeError": "errors",
     "DataError": "errors",
 }
-_MODULES = ("data", "nn", "optim", "ops")
+_MODULES = ("data", "nn", "onnx", "optim", "ops")
 # Not in __all__: they need packages that cycnn does not bring.
 _EXTRAS = ("sklearn",)
 

@@ -16,6 +16,7 @@ FLOORS = {
     "cli": 9,
     "sklearn": 9,
     "train": 8,
+    "onnx": 7,
     "nn": 6,
     "optim": 7,  # sees nn.Parameter
     "data": 6,
