@@ -454,6 +454,13 @@ def test_results_do_not_depend_on_the_number_of_threads(run_python):
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("given", [None, "7"])
+def test_the_environment_stays_as_it_is(given, run_python):
+    # how long idle threads spin is told to OpenMP through it, while it is loaded
+    code = "import os, cycnn.ops.cpu; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run_python(code, GOMP_SPINCOUNT=given).strip() == str(given)
+
+
 def test_two_python_threads_at_once():
     x, w = on_cpu(normal(9, 32, 12, 12)), on_cpu(normal(64, 32, 5, 5, seed=1))
     expected = cpu.conv2d_forward(x, w, None).numpy()

@@ -9,11 +9,34 @@ any number of them.
 
 from __future__ import annotations
 
+import importlib
+import os
+
 import numpy as np
 
 from .. import shapes
 from ..tensor import Tensor, from_array
-from . import _cpu, reference
+from . import reference
+
+
+def _with_threads_that_sleep(name):
+    """Import a module, the first that needs GNU's OpenMP, whose threads soon sleep.
+
+    When there is nothing to do they spin, by default for so long that two programs on
+    the same cores take three times as long as one after the other. How long is read
+    from the environment, once. Alone, a program is as fast either way.
+    """
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if chosen:
+        return importlib.import_module(name, __package__)
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+    try:
+        return importlib.import_module(name, __package__)
+    finally:
+        del os.environ["GOMP_SPINCOUNT"]
+
+
+_cpu = _with_threads_that_sleep("._cpu")
 
 _FLOAT32, _INT32, _UINT8 = (np.dtype(name) for name in ("float32", "int32", "uint8"))
 
