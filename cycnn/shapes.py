@@ -63,6 +63,8 @@ def _equal(name: str, shape: tuple, expected: tuple, why: str) -> None:
 def _at_least(name: str, values: tuple, least: int) -> None:
     if min(values) < least:
         raise ShapeError(f"{name} is {tuple(values)}: expected {least} or more")
+    if max(values) > _INT32_MAX:
+        raise ShapeError(f"{name} is {tuple(values)}: expected {_INT32_MAX} or less")
 
 
 def check_same(**named) -> None:

@@ -148,3 +148,10 @@ def test_checks_name_what_is_wrong(check, message):
 
 def test_check_same_leaves_none_out():
     shapes.check_same(x=(2,), y=None, z=(2,))
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_what_a_kernel_could_not_count_is_refused(name):
+    given = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), name: (2**31, 1)}
+    with pytest.raises(ShapeError, match=f"{name} is .*: expected 2147483647 or less"):
+        shapes.conv2d_output_shape((1, 1, 8, 8), (1, 1, 1, 1), **given)
