@@ -112,18 +112,20 @@ def test_target_accuracy(digits, target, status):
     assert ("target missed" in done.stderr) == (status == 1)
 
 
-def test_interrupt(digits, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    command = ["--data", digits, "--epochs", 1000, "--save", path, "--target-acc", 100]
-    process = subprocess.Popen(
-        [sys.executable, DEMO, "--device", "cpu", *map(str, command)],
+def started(*arguments):
+    return subprocess.Popen(
+        [sys.executable, DEMO, "--device", "cpu", *map(str, arguments)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell may have started the tests with SIGINT ignored, which is inherited
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def test_interrupt(digits, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    command = ["--data", digits, "--epochs", 1000, "--save", path, "--target-acc", 100]
+    process = started(*command)
     try:
         for line in process.stdout:
             if line.startswith("epoch    2/1000"):
@@ -190,15 +192,7 @@ def test_a_killed_run_resumes_to_the_same_weights(digits, tmp_path):
 def test_interrupt_keeps_the_run(digits, tmp_path):
     run = tmp_path / "run"
     common = ["--data", digits, "--checkpoint", run, "--resume"]
-    process = subprocess.Popen(
-        [sys.executable, DEMO, "--device", "cpu", "--epochs", "1000"]
-        + list(map(str, common)),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = started("--epochs", 1000, *common)
     try:
         for line in process.stdout:
             if line.startswith("epoch    1/1000"):

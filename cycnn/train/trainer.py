@@ -416,8 +416,7 @@ class Trainer:
         seconds = self._seconds
         test = {"loss": None, "accuracy": None}
         if test_loader is not None:
-            with turn:
-                test = self._evaluate(test_loader)
+            test = self._evaluate(test_loader)
         record = EpochRecord(
             epoch=self.epoch + 1,
             loss=loss,
@@ -460,14 +459,15 @@ class Trainer:
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        tally = Tally(loader)
-        predictor = self._predictor()
-        for images, labels in loader:
-            scores = predictor.scores(images, loader.batch_size)
-            tally.check(scores)
-            tally.add(self.loss(scores, labels), scores, labels)
-            tally.count(len(labels))
-        loss, accuracy = tally.read()
+        with turn:
+            tally = Tally(loader)
+            predictor = self._predictor()
+            for images, labels in loader:
+                scores = predictor.scores(images, loader.batch_size)
+                tally.check(scores)
+                tally.add(self.loss(scores, labels), scores, labels)
+                tally.count(len(labels))
+            loss, accuracy = tally.read()
         return {"loss": loss, "accuracy": accuracy}
 
     def predict(self, images) -> np.ndarray:
