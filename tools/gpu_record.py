@@ -40,7 +40,7 @@ COVERED = (
     "cycnn/gpu/*.py",
     "cycnn/gpu/*.pyx",
     "cycnn/gpu/*.pxd",
-    "cycnn/ops/cuda.py",
+    "cycnn/ops/cuda*.py",
     "cycnn/ops/*fused*.py",
     "cycnn/ops/*plan.py",
     "cycnn/nn/fuse.py",
