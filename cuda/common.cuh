@@ -34,6 +34,12 @@ DEVICE void wait_for_earlier_kernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// The next kernel may start, up to its own wait.
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // ------------------------------------------------------------------ reductions
 // The order of every sum is fixed by the shape of the launch, so equal input gives

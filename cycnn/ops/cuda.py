@@ -872,30 +872,30 @@ def gather_labels(labels, index):
     return out
 
 
-_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiii")
+_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiii")
 _END_STEP = 1024  # threads
 _NO_TALLY = (None,) * 5 + (0,) * 3
 _TALLY_OF_A_BLOCK = 1 << 16  # scores that a single block looks through in no time
 
 
 def begin_step(feed):
-    _lay_out(feed, _NO_TALLY)
+    _lay_out(feed, _NO_TALLY, rate_of=0)
 
 
 def end_step(losses, scores, labels, loss_sum, hits, feed):
     given = losses, scores, labels, loss_sum, hits
     if scores.size > _TALLY_OF_A_BLOCK:
         tally(*given)
-        _lay_out(feed, _NO_TALLY)
+        _lay_out(feed, _NO_TALLY, rate_of=-1)
     else:
-        _lay_out(feed, _tally_arguments(*given), dependent=True)
+        _lay_out(feed, _tally_arguments(*given), rate_of=-1, dependent=True)
 
 
-def _lay_out(feed, tally_arguments, dependent=False):
+def _lay_out(feed, tally_arguments, rate_of, dependent=False):
     for name in ("order", "position", "classes", "index", "labels"):
         _int32(name, getattr(feed, name))
     _end_step(
         _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
         *feed, feed.index.size, feed.order.size,
-        0 if feed.rates is None else feed.rates.size, dependent=dependent,
+        0 if feed.rates is None else feed.rates.size, rate_of, dependent=dependent,
     )  # fmt: skip

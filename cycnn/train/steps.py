@@ -94,17 +94,21 @@ class Steps:
     def _train(self, images, labels, update=None, recording=False, feed=None) -> None:
         """One step; ``update``, a PartialStep, does the optimizer's part if given, and
         a ``feed`` is told to lay out the next step's batch.
+
+        That runs beside the backward pass: the update leaves it no room on the GPU.
         """
         scores, value = self.objective.forward(images, labels)
         self.tally.check(scores)
         if update is None:
             self.objective.backward()
-            self.trainer.optimizer.step()
         else:
             partials = {}
             self.objective.backward(partials)
-            update.run(partials, recording)
         self.tally.add(value, scores, labels, feed)
+        if update is None:
+            self.trainer.optimizer.step()
+        else:
+            update.run(partials, recording)
 
 
 class EagerSteps(Steps):
@@ -155,7 +159,7 @@ class CapturedSteps(Steps):
     A recorded kernel keeps its arguments, so a step must not depend on a number that
     Python computes. The learning rates of the whole run are a table on the device, and
     the order of the epoch is an index array; a counter there says how far both are. A
-    step ends with laying out the next one's batch, see :class:`~cycnn.ops.Feed`.
+    step lays out the next one's batch before it updates, see :class:`~cycnn.ops.Feed`.
     """
 
     def __init__(self, trainer, loader):
@@ -263,7 +267,7 @@ class CapturedSteps(Steps):
             # what the device read from the table, for whoever looks at optimizer.lr
             factor = trainer.schedule(self.step - 1, self.total)
             trainer.optimizer.lr = trainer.base_lr * factor
-        # the device is one step ahead, which the setter does not know
+        # also where no step used what was laid out
         self.ops.fill(trainer.optimizer.lr_tensor, trainer.optimizer.lr)
 
     def _whole_steps(self, count, updates, recording=False):
