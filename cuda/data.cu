@@ -180,8 +180,8 @@ extern "C" __global__ void tally(float* loss_sum,      // ()
 // Half of the warps do the one, half the other: each is a chain of loads, and takes as
 // long as both together. It is made to run beside the last kernel of the backward pass,
 // behind which it may be launched as dependent if that one reads nothing of what is
-// written here. It waits only so that the kernel behind it need not; that is the update,
-// which may start at once.
+// written here. It waits only so that the kernel behind it need not; that is the
+// update, which may start at once.
 // Launch: one block of END_STEP threads.
 constexpr int END_STEP = 1024, HALF = END_STEP / 2;
 

@@ -123,7 +123,8 @@ struct Units {
         const u32 slot = by_slot_taps(tile * taps + tap, rest);
         unit += slot * packed.slot_units();
       }
-      const u32 c = quad * packed.quad_c(), first = (k * packed.channels + c) * taps + tap;
+      const u32 c = quad * packed.quad_c();
+      const u32 first = (k * packed.channels + c) * taps + tap;
       const u32 present = min(packed.quad_c(), packed.channels - c);
       if (first >= begin && first + (present - 1) * taps < end) {
         float v[8];

@@ -219,9 +219,7 @@ class _Product:
             return
         partial = empty_on_gpu(self.partial, _FLOAT32, c.device)
         self.kernel(stream, self.grid, _GEMM_BLOCK, partial, a, b, None, *self.numbers)
-        _gemm_finish(
-            stream, self.finish_grid, (32, 8), c, partial, bias, *self.finish
-        )
+        _gemm_finish(stream, self.finish_grid, (32, 8), c, partial, bias, *self.finish)
 
 
 # sums
@@ -255,9 +253,7 @@ def _sum_over_pixels(gpu, out, dy, n, k, pixels, accumulate):
         )
         return
     partial = empty_on_gpu((parts, k), _FLOAT32, dy.device)
-    _sum_channels(
-        gpu.compute, (k, parts), _BLOCK, partial, dy, n, k, pixels, images, 0
-    )
+    _sum_channels(gpu.compute, (k, parts), _BLOCK, partial, dy, n, k, pixels, images, 0)
     _sum_over_rows(gpu, out, partial, parts, k, accumulate)
 
 
