@@ -1,7 +1,16 @@
 """Layers, losses, initialisers and the reference network."""
 
 from . import init
-from .activation import LogSoftmax, ReLU, Sigmoid
+from .activation import (
+    GELU,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Tanh,
+)
 from .conv import Conv2d
 from .fuse import Objective, fuse
 from .inference import Predictor
@@ -15,10 +24,12 @@ from .reshape import Flatten
 from .sequential import Sequential
 
 __all__ = [
+    "GELU",
     "Conv2d",
     "CrossEntropyLoss",
     "Flatten",
     "Layer",
+    "LeakyReLU",
     "Linear",
     "LogSoftmax",
     "MaxPool2d",
@@ -28,7 +39,10 @@ __all__ = [
     "Predictor",
     "ReLU",
     "Sequential",
+    "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Tanh",
     "fuse",
     "init",
     "reference_network",

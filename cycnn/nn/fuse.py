@@ -18,7 +18,16 @@ from ..ops.forward_plan import FEW_CHANNELS
 from ..ops.fused import ConvBlock, Gather
 from ..precision import get_precision
 from ..tensor import empty
-from .activation import LogSoftmax, ReLU, Sigmoid
+from .activation import (
+    GELU,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Tanh,
+)
 from .conv import Conv2d
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
@@ -856,6 +865,10 @@ def forward_kernels(layers, x_shape, machine, precision) -> list:
     return list(dict.fromkeys(found))
 
 
+# layers whose output has the shape of their input
+_OF_SAME_SHAPE = (GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh)
+
+
 def _output_shape(layer, shape):
     """The shape of a layer's output; None where it is not one of the library's own."""
     kind = type(layer)
@@ -880,7 +893,7 @@ def _output_shape(layer, shape):
         )
     if kind is Flatten:
         return shape[0], math.prod(shape[1:])
-    return shape if kind in (ReLU, Sigmoid, LogSoftmax) else None
+    return shape if kind in _OF_SAME_SHAPE else None
 
 
 def _is_head(layers) -> bool:

@@ -14,17 +14,19 @@ import numpy as np
 
 from .. import shapes
 from ..errors import DataError
-
-
-def _f64(x):
-    return np.asarray(x, np.float64)
-
-
-def _write(out, value, accumulate):
-    if accumulate:
-        out += value
-    else:
-        out[...] = value
+from .reference_activation import (  # noqa: F401
+    gelu_backward,
+    gelu_forward,
+    leaky_relu_backward,
+    leaky_relu_forward,
+    silu_backward,
+    silu_forward,
+    softmax_backward,
+    softmax_forward,
+    tanh_backward,
+    tanh_forward,
+)
+from .reference_common import _f64, _write
 
 
 def check_label_range(labels: np.ndarray, classes: int) -> None:
