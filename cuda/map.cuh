@@ -1,5 +1,5 @@
-// One output element for one or two input elements, four in one 16-byte access where all
-// addresses allow it. Launch: any one-dimensional grid and block.
+// One output element for one or two input elements, four in one 16-byte access where
+// all addresses allow it. Launch: any one-dimensional grid and block.
 #pragma once
 
 #include "common.cuh"

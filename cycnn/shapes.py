@@ -240,6 +240,34 @@ def check_maxpool2d_backward(
     _equal("positions", positions_shape, y_shape, "the shape of y")
 
 
+def check_avgpool2d_backward(dy_shape, x_shape, kernel_size, stride, padding) -> None:
+    """The shapes of ``avgpool2d_backward`` fit."""
+    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+
+
+def global_pool2d_output_shape(x_shape: tuple) -> tuple:
+    """(N, C, 1, 1) of x (N, C, H, W).
+
+    Raises
+    ------
+    ShapeError
+        If x has other axes, or its planes have no element, or more than int32 numbers.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    if not 1 <= h * w <= _INT32_MAX:
+        raise ShapeError(
+            f"x has planes of {h} x {w}: expected 1 to {_INT32_MAX} elements"
+        )
+    return n, c, 1, 1
+
+
+def check_global_pool2d_backward(dy_shape, x_shape) -> None:
+    """The shapes of ``global_avgpool2d_backward`` fit."""
+    y_shape = global_pool2d_output_shape(x_shape)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+
+
 # scores, labels, gathering
 
 

@@ -19,12 +19,14 @@ from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
 from .networks import reference_network
 from .parameter import Parameter
-from .pooling import MaxPool2d
+from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
 from .sequential import Sequential
 
 __all__ = [
     "GELU",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
     "Conv2d",
     "CrossEntropyLoss",
     "Flatten",

@@ -32,7 +32,7 @@ from .conv import Conv2d
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
-from .pooling import MaxPool2d
+from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
 from .sequential import Sequential
 
@@ -887,10 +887,12 @@ def _output_shape(layer, shape):
         )
     if kind is Linear:
         return shapes.linear_output_shape(shape, layer.weight.shape)
-    if kind is MaxPool2d:
+    if kind in (MaxPool2d, AvgPool2d):
         return shapes.pool2d_output_shape(
             shape, layer.kernel_size, layer.stride, layer.padding
         )
+    if kind is AdaptiveAvgPool2d:
+        return shapes.global_pool2d_output_shape(shape)
     if kind is Flatten:
         return shape[0], math.prod(shape[1:])
     return shape if kind in _OF_SAME_SHAPE else None

@@ -27,6 +27,12 @@ from .cpu_activation import (  # noqa: F401
     tanh_forward,
 )
 from .cpu_common import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat, _optional, _shape
+from .cpu_pooling import (  # noqa: F401
+    avgpool2d_backward,
+    avgpool2d_forward,
+    global_avgpool2d_backward,
+    global_avgpool2d_forward,
+)
 
 
 def _labels(name: str, scores, labels) -> tuple:

@@ -49,6 +49,12 @@ from .cuda_common import (
     _strided,
     _vectors,
 )
+from .cuda_pooling import (  # noqa: F401
+    avgpool2d_backward,
+    avgpool2d_forward,
+    global_avgpool2d_backward,
+    global_avgpool2d_forward,
+)
 
 _COLUMN_BYTES = 256 << 20  # a convolution unrolls as many images at once as fit
 _PARTIAL = 8192  # numbers that one block sums

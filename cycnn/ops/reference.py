@@ -27,6 +27,12 @@ from .reference_activation import (  # noqa: F401
     tanh_forward,
 )
 from .reference_common import _f64, _write
+from .reference_pooling import (  # noqa: F401
+    avgpool2d_backward,
+    avgpool2d_forward,
+    global_avgpool2d_backward,
+    global_avgpool2d_forward,
+)
 
 
 def check_label_range(labels: np.ndarray, classes: int) -> None:
