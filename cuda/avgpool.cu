@@ -6,8 +6,8 @@
 //             windows that hold (h, w)
 //
 // Pixels outside the image count as 0. count is R S, or, if not include_pad, the number
-// of pixels of the image in the window. As in maxpool.cu the backward gathers, so no two
-// threads add to one number.
+// of pixels of the image in the window. As in maxpool.cu the backward gathers, so no
+// two threads add to one number.
 //
 // Launch: grid (blocks over one image, images or fewer), one-dimensional blocks.
 #include "common.cuh"
@@ -29,8 +29,9 @@ extern "C" __global__ void avgpool2d_forward(
   if (i >= C * P * Q) return;
   const int q = i % Q, p = i / Q % P, c = i / Q / P;
   const Span rows(p, R, stride_h, pad_h, H), columns(q, S, stride_w, pad_w, W);
-  const float count =
-      include_pad ? (float)R * (float)S : (float)rows.length() * (float)columns.length();
+  const float count = include_pad
+                          ? (float)R * (float)S
+                          : (float)rows.length() * (float)columns.length();
 #pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const float* plane = x + ((int64)n * C + c) * H * W;

@@ -268,6 +268,32 @@ def check_global_pool2d_backward(dy_shape, x_shape) -> None:
     _equal("dy", dy_shape, y_shape, "the shape of y")
 
 
+# batch normalisation
+
+
+def check_batch_norm2d(x_shape: tuple, **of_channels) -> int:
+    """x is (N, C, H, W) and the others (C,); returns N H W, the numbers of a channel.
+
+    A shape that is None, or (), which is what NumPy says of None, is left out.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    for name, shape in of_channels.items():
+        if shape:
+            _equal(name, shape, (c,), "one for each channel of x")
+    return n * h * w
+
+
+def check_batch_statistics(x_shape: tuple) -> None:
+    """A channel of x has numbers that vary: none, or more than one."""
+    n, _, h, w = x_shape
+    if n * h * w == 1:
+        raise ShapeError(
+            f"x has one value per channel (shape {tuple(x_shape)}), and a single "
+            f"value has no variance: train with larger batches or images, or call "
+            f"eval() to use the running statistics"
+        )
+
+
 # scores, labels, gathering
 
 

@@ -11,6 +11,7 @@ from .activation import (
     Softmax,
     Tanh,
 )
+from .buffer import Buffer
 from .conv import Conv2d
 from .fuse import Objective, fuse
 from .inference import Predictor
@@ -18,6 +19,7 @@ from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
 from .networks import reference_network
+from .normalisation import BatchNorm2d
 from .parameter import Parameter
 from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
@@ -27,6 +29,8 @@ __all__ = [
     "GELU",
     "AdaptiveAvgPool2d",
     "AvgPool2d",
+    "BatchNorm2d",
+    "Buffer",
     "Conv2d",
     "CrossEntropyLoss",
     "Flatten",

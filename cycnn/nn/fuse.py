@@ -32,6 +32,8 @@ from .conv import Conv2d
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
+from .normalisation import BatchNorm2d
+from .parameter import Parameter
 from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
 from .sequential import Sequential
@@ -133,8 +135,8 @@ class FusedSequential(Sequential):
             max(len(layers) - 1, 0),
         )
 
-    def _walk(self, prefix=""):
-        return self._original._walk(prefix)
+    def _walk(self, prefix="", kind=Parameter):
+        return self._original._walk(prefix, kind)
 
     def forward(self, x):
         """As of a Sequential, which also takes a :class:`~cycnn.ops.fused.Gather`."""
@@ -162,8 +164,8 @@ class _Run(Layer):
     def __init__(self, parts):
         self.parts = parts
 
-    def _walk(self, prefix=""):
-        return [found for part in self.parts for found in part._walk(prefix)]
+    def _walk(self, prefix="", kind=Parameter):
+        return [found for part in self.parts for found in part._walk(prefix, kind)]
 
     def _children(self):
         return [(str(i), part) for i, part in enumerate(self.parts)]
@@ -866,7 +868,9 @@ def forward_kernels(layers, x_shape, machine, precision) -> list:
 
 
 # layers whose output has the shape of their input
-_OF_SAME_SHAPE = (GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh)
+_OF_SAME_SHAPE = (
+    BatchNorm2d, GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh,
+)  # fmt: skip
 
 
 def _output_shape(layer, shape):

@@ -26,6 +26,11 @@ from .cpu_activation import (  # noqa: F401
     tanh_backward,
     tanh_forward,
 )
+from .cpu_batch_norm import (  # noqa: F401
+    batch_norm2d_backward,
+    batch_norm2d_forward,
+    batch_norm2d_inference,
+)
 from .cpu_common import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat, _optional, _shape
 from .cpu_pooling import (  # noqa: F401
     avgpool2d_backward,

@@ -32,6 +32,11 @@ from .cuda_activation import (  # noqa: F401
     tanh_backward,
     tanh_forward,
 )
+from .cuda_batch_norm import (  # noqa: F401
+    batch_norm2d_backward,
+    batch_norm2d_forward,
+    batch_norm2d_inference,
+)
 from .cuda_common import (
     _BLOCK,
     _FLOAT32,

@@ -26,6 +26,11 @@ from .reference_activation import (  # noqa: F401
     tanh_backward,
     tanh_forward,
 )
+from .reference_batch_norm import (  # noqa: F401
+    batch_norm2d_backward,
+    batch_norm2d_forward,
+    batch_norm2d_inference,
+)
 from .reference_common import _f64, _write
 from .reference_pooling import (  # noqa: F401
     avgpool2d_backward,

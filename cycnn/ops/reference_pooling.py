@@ -61,7 +61,7 @@ def avgpool2d_forward(
 def avgpool2d_backward(
     dy, x_shape, kernel_size, stride, padding=(0, 0), count_include_pad=True
 ):
-    """dx[n, c, h, w] = sum of dy[n, c, p, q] / count(p, q) over the windows with (h, w).
+    """dx[n, c, h, w] = sum of dy[n, c, p, q] / count(p, q) over windows with (h, w).
 
     y is linear in x: an element enters each window that holds it with 1 / count.
 

@@ -1,0 +1,169 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import numpy as np
+
+from ..errors import ShapeError
+from ..ops import for_device
+from .arguments import count, flag
+from .buffer import Buffer
+from .layer import Layer, as_gradient, as_input
+from .parameter import Parameter
+
+
+class BatchNorm2d(Layer):
+    """Shifts and scales each channel to mean 0 and variance 1, then as it learns to.
+
+    In training mode mean and variance are those of the batch, over images and pixels,
+    and the running statistics move towards them. In evaluation mode they are the
+    running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        C.
+    eps : float
+        Added to the variance, so that a channel of equal numbers can be divided by it.
+    momentum : float or None
+        How far the running statistics move in each batch, from 0 to 1. None: they are
+        the means over all batches.
+    affine : bool
+        Whether there are ``weight`` and ``bias``.
+    track_running_stats : bool
+        Whether there are running statistics. Without them, those of the batch are used
+        in evaluation mode as well.
+
+    Attributes
+    ----------
+    weight, bias : Parameter (C,) or None
+        1 and 0 at first.
+    running_mean, running_var : Buffer (C,) or None
+        0 and 1 at first. The variance is that of a sample, divided by M - 1.
+    num_batches_tracked : Buffer () int32, or None
+
+    Notes
+    -----
+    Shapes: (N, C, H, W) -> (N, C, H, W); M = N H W is 2 or more in training.
+
+    Formula: y = (x - mean) / sqrt(variance + eps) weight + bias, with mean = (sum x) /
+    M and variance = (sum (x - mean)^2) / M of each channel.
+
+    running = (1 - momentum) running + momentum (the batch's).
+    """
+
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+    ):
+        what = type(self).__name__
+        self.num_features = count(num_features, what, "num_features")
+        self.eps = _number(eps, what, "eps", math.inf)
+        self.momentum = momentum
+        if momentum is not None:
+            self.momentum = _number(momentum, what, "momentum", 1)
+        self.affine = flag(affine, what, "affine")
+        tracks = flag(track_running_stats, what, "track_running_stats")
+        self.track_running_stats = tracks
+        c = self.num_features
+        self.weight = Parameter(np.ones(c, "f")) if affine else None
+        self.bias = Parameter(np.zeros(c, "f")) if affine else None
+        self.running_mean = Buffer(np.zeros(c, "f")) if tracks else None
+        self.running_var = Buffer(np.ones(c, "f")) if tracks else None
+        self.num_batches_tracked = Buffer(np.array(0)) if tracks else None
+        self.pack()
+
+    def forward(self, x):
+        of_batch = self.training or self.running_mean is None
+        weight, bias = _data(self.weight), _data(self.bias)
+        mean, variance = _data(self.running_mean), _data(self.running_var)
+        known = mean if weight is None else weight
+        x = as_input(self, x, None if known is None else known.device)
+        ops = for_device(x.device)
+        try:
+            self._check_channels(x)
+            if of_batch:
+                batches = _data(self.num_batches_tracked)
+                statistics = mean, variance, batches, self.momentum, self.eps
+                y, mean, variance = ops.batch_norm2d_forward(
+                    x, weight, bias, *statistics
+                )
+            else:
+                y = ops.batch_norm2d_inference(
+                    x, weight, bias, mean, variance, self.eps
+                )
+        except ShapeError as error:
+            raise ShapeError(f"{self!r}: {error}") from None
+        self._saved = (x, mean, variance, of_batch)
+        return y
+
+    def _check_channels(self, x):
+        if len(x.shape) == 4 and x.shape[1] != self.num_features:
+            raise ShapeError(
+                f"x has {x.shape[1]} channels (shape {x.shape}), expected "
+                f"{self.num_features}"
+            )
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """Of one channel, with r = 1 / sqrt(variance + eps) and u = (x - mean) r::
+
+            db = sum of dy        dw = sum of dy u        as y = w u + b
+
+        In evaluation mode mean and variance are constants, and dx = dy w r. In training
+        each x[i] moves them, too: dmean/dx[i] = 1 / M and, because the x - mean add up
+        to 0, dvariance/dx[i] = 2 (x[i] - mean) / M, hence dr/dx[i] = -r^2 u[i] / M.
+        So du[j]/dx[i] = r ([i = j] - 1 / M - u[j] u[i] / M); summed over j with dy[j]::
+
+            dx = w r (dy - (sum of dy) / M - u (sum of dy u) / M)
+        """
+        x, mean, variance, of_batch = self._remembered()
+        weight, bias = self.weight, self.bias
+        dx = for_device(x.device).batch_norm2d_backward(
+            as_gradient(self, dy, x.shape, x.device),
+            x,
+            _data(weight),
+            mean,
+            variance,
+            None if weight is None else weight.grad,
+            None if bias is None else bias.grad,
+            self.eps,
+            of_batch,
+            input_grad,
+            accumulate,
+        )
+        self._saved = None
+        return dx
+
+    def _settings(self):
+        text = f"{self.num_features}"
+        for name, default in (
+            ("eps", 1e-5),
+            ("momentum", 0.1),
+            ("affine", True),
+            ("track_running_stats", True),
+        ):
+            value = getattr(self, name)
+            if value != default:
+                text += f", {name}={value}"
+        return text
+
+
+def _data(value):
+    return None if value is None else value.data
+
+
+def _number(value, layer, name, most) -> float:
+    """A finite number from 0 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
+    if not (0 <= value <= most and math.isfinite(value)):
+        wanted = "0 or more" if most == math.inf else f"from 0 to {most}"
+        raise ValueError(f"{layer}: {name} must be {wanted}, got {value}")
+    return float(value)
