@@ -7,8 +7,8 @@
 //             ops/reference_batch_norm.py; of given statistics, dx = weight r dy
 //
 // The numbers of a channel are cut into parts, one block each, so that few channels
-// keep a GPU busy as well. A second launch joins the parts in a fixed order; where there
-// is one part, the first does it all.
+// keep a GPU busy as well. A second launch joins the parts in a fixed order; where
+// there is one part, the first does it all.
 //
 // A variance must not be a difference of large sums. A block takes its part twice, the
 // second time out of a cache: the mean m, then the sum of (x - m)^2. Parts (n, m, S)

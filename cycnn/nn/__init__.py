@@ -13,6 +13,7 @@ from .activation import (
 )
 from .buffer import Buffer
 from .conv import Conv2d
+from .fold import fold_batch_norm
 from .fuse import Objective, fuse
 from .inference import Predictor
 from .layer import Layer
@@ -49,6 +50,7 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Tanh",
+    "fold_batch_norm",
     "fuse",
     "init",
     "reference_network",

@@ -280,3 +280,14 @@ def test_predictions_use_the_running_statistics_of_now():
         want = nn.fuse(trainer.model.eval())(x).numpy()
         for array in found:
             np.testing.assert_array_equal(array, want)
+
+
+def test_a_folded_model_predicts_the_same():
+    trainer = make_trainer()
+    trainer.fit(TRAIN, 2, 32, seed=5)
+    folded = nn.fold_batch_norm(trainer.model)
+    assert folded.device == trainer.model.device
+    x = normal(33, 1, 6, 6)
+    want = trainer.model.predict(x)
+    for _ in range(3):
+        np.testing.assert_allclose(folded.predict(x), want, rtol=1e-4, atol=1e-4)
