@@ -294,6 +294,11 @@ def check_batch_statistics(x_shape: tuple) -> None:
         )
 
 
+def check_dropout_state(shape: tuple) -> None:
+    """The state of dropout's random numbers is (4,)."""
+    _equal("state", shape, (4,), "seed (two halves), step, and 0")
+
+
 # scores, labels, gathering
 
 

@@ -13,6 +13,7 @@ from .activation import (
 )
 from .buffer import Buffer
 from .conv import Conv2d
+from .dropout import Dropout
 from .fold import fold_batch_norm
 from .fuse import Objective, fuse
 from .inference import Predictor
@@ -34,6 +35,7 @@ __all__ = [
     "Buffer",
     "Conv2d",
     "CrossEntropyLoss",
+    "Dropout",
     "Flatten",
     "Layer",
     "LeakyReLU",

@@ -29,6 +29,7 @@ from .activation import (
     Tanh,
 )
 from .conv import Conv2d
+from .dropout import Dropout
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
@@ -869,7 +870,8 @@ def forward_kernels(layers, x_shape, machine, precision) -> list:
 
 # layers whose output has the shape of their input
 _OF_SAME_SHAPE = (
-    BatchNorm2d, GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax, Tanh,
+    BatchNorm2d, Dropout, GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax,
+    Tanh,
 )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ from .cuda_common import (
     _strided,
     _vectors,
 )
+from .cuda_dropout import dropout_backward, dropout_forward  # noqa: F401
 from .cuda_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,

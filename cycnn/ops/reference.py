@@ -32,6 +32,7 @@ from .reference_batch_norm import (  # noqa: F401
     batch_norm2d_inference,
 )
 from .reference_common import _f64, _write
+from .reference_dropout import dropout_backward, dropout_forward  # noqa: F401
 from .reference_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,
