@@ -268,7 +268,7 @@ def check_global_pool2d_backward(dy_shape, x_shape) -> None:
     _equal("dy", dy_shape, y_shape, "the shape of y")
 
 
-# batch normalisation
+# normalisation and dropout
 
 
 def check_batch_norm2d(x_shape: tuple, **of_channels) -> int:
@@ -292,6 +292,18 @@ def check_batch_statistics(x_shape: tuple) -> None:
             f"value has no variance: train with larger batches or images, or call "
             f"eval() to use the running statistics"
         )
+
+
+def check_layer_norm(x_shape: tuple, **of_features) -> tuple:
+    """x is (N, F), at least one feature, and the others (F,); returns (N, F).
+
+    A shape that is None or () is left out.
+    """
+    n, f = check_scores("x", x_shape)
+    for name, shape in of_features.items():
+        if shape:
+            _equal(name, shape, (f,), "one for each feature of x")
+    return n, f
 
 
 def check_dropout_state(shape: tuple) -> None:

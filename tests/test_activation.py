@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_reference import slope
 
-from cycnn import Tensor, devices, nn
+from cycnn import Tensor, Trainer, devices, nn, optim
 from cycnn.errors import ShapeError
 from cycnn.ops import cpu, reference
 
@@ -215,3 +215,13 @@ def test_arguments_and_names():
         nn.Softmax()(np.zeros((1, 2, 3), np.float32))
     with pytest.raises(TypeError, match="the input is uint8"):
         nn.GELU()(Tensor(np.zeros(3, np.uint8)))
+
+
+def test_probabilities_of_a_model_that_ends_in_softmax():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.Softmax())
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, nn.CrossEntropyLoss(), optimizer)
+    x = np.random.default_rng(0).standard_normal((5, 1, 2, 3), dtype=np.float32)
+    found = trainer.predict_proba(x)
+    np.testing.assert_array_equal(found, model(x).numpy())
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)

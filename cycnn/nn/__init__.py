@@ -21,7 +21,7 @@ from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
 from .networks import reference_network
-from .normalisation import BatchNorm2d
+from .normalisation import BatchNorm2d, LayerNorm
 from .parameter import Parameter
 from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
@@ -38,6 +38,7 @@ __all__ = [
     "Dropout",
     "Flatten",
     "Layer",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LogSoftmax",

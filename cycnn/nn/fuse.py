@@ -33,7 +33,7 @@ from .dropout import Dropout
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
-from .normalisation import BatchNorm2d
+from .normalisation import BatchNorm2d, LayerNorm
 from .parameter import Parameter
 from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
@@ -870,8 +870,8 @@ def forward_kernels(layers, x_shape, machine, precision) -> list:
 
 # layers whose output has the shape of their input
 _OF_SAME_SHAPE = (
-    BatchNorm2d, Dropout, GELU, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU, Softmax,
-    Tanh,
+    BatchNorm2d, Dropout, GELU, LayerNorm, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU,
+    Softmax, Tanh,
 )  # fmt: skip
 
 

@@ -155,6 +155,112 @@ class BatchNorm2d(Layer):
         return text
 
 
+class LayerNorm(Layer):
+    """Shifts and scales each sample to mean 0 and variance 1, then as it learns to.
+
+    Mean and variance are those of the last axes: of each sample alone, in training as
+    in evaluation.
+
+    Parameters
+    ----------
+    normalized_shape : int or tuple of int
+        Sizes of the last axes, those that are normalised together.
+    eps : float
+        Added to the variance, so that equal numbers can be divided by it.
+    elementwise_affine : bool
+        Whether there are ``weight`` and ``bias``.
+    bias : bool
+        Whether there is a ``bias`` beside the weight.
+
+    Attributes
+    ----------
+    weight, bias : Parameter of the normalised shape, or None
+        1 and 0 at first.
+
+    Notes
+    -----
+    Shapes: (N, ..., then those of normalized_shape) -> the same.
+
+    Formula: y = (x - mean) / sqrt(variance + eps) weight + bias, with mean = (sum x) /
+    F and variance = (sum (x - mean)^2) / F of the F numbers that are normalised
+    together.
+    """
+
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True):
+        what = type(self).__name__
+        sizes = normalized_shape
+        if not isinstance(sizes, (tuple, list)):
+            sizes = (sizes,)
+        if not sizes:
+            raise ShapeError(f"{what}: normalized_shape is empty, expected a size")
+        sizes = tuple(count(size, what, "normalized_shape") for size in sizes)
+        self.normalized_shape = sizes
+        self.eps = _number(eps, what, "eps", math.inf)
+        affine = flag(elementwise_affine, what, "elementwise_affine")
+        self.elementwise_affine = affine
+        self.weight = Parameter(np.ones(sizes, "f")) if affine else None
+        with_bias = flag(bias, what, "bias") and affine
+        self.bias = Parameter(np.zeros(sizes, "f")) if with_bias else None
+        self.pack()
+
+    def forward(self, x):
+        weight, bias = self.weight, self.bias
+        x = as_input(self, x, None if weight is None else weight.device)
+        sizes = self.normalized_shape
+        if len(x.shape) <= len(sizes) or x.shape[-len(sizes) :] != sizes:
+            raise ShapeError(
+                f"{self!r}: x has shape {x.shape}, expected (N, ..., "
+                f"{', '.join(map(str, sizes))})"
+            )
+        rows = x.reshape(math.prod(x.shape[: -len(sizes)]), math.prod(sizes))
+        y, mean, variance = for_device(x.device).layer_norm_forward(
+            rows, _flat(weight), _flat(bias), self.eps
+        )
+        self._saved = (rows, mean, variance, x.shape)
+        return y.reshape(x.shape)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """Of one sample, with r = 1 / sqrt(variance + eps) and u = (x - mean) r::
+
+            db = sum of dy over samples       dw = sum of dy u over samples
+
+        and with g = dy w, by the derivation of :meth:`BatchNorm2d.backward`, where the
+        F numbers of the sample take the place of those of the channel::
+
+            dx = r (g - (sum of g) / F - u (sum of g u) / F)
+        """
+        rows, mean, variance, shape = self._remembered()
+        weight, bias = self.weight, self.bias
+        dy = as_gradient(self, dy, shape, rows.device)
+        dx = for_device(rows.device).layer_norm_backward(
+            dy.reshape(rows.shape),
+            rows,
+            _flat(weight),
+            mean,
+            variance,
+            None if weight is None else weight.grad.reshape(-1),
+            None if bias is None else bias.grad.reshape(-1),
+            self.eps,
+            input_grad,
+            accumulate,
+        )
+        self._saved = None
+        return None if dx is None else dx.reshape(shape)
+
+    def _settings(self):
+        sizes = self.normalized_shape
+        text = f"{sizes[0] if len(sizes) == 1 else sizes}"
+        if self.eps != 1e-5:
+            text += f", eps={self.eps}"
+        if not self.elementwise_affine:
+            return text + ", elementwise_affine=False"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+def _flat(parameter):
+    return None if parameter is None else parameter.data.reshape(-1)
+
+
 def _data(value):
     return None if value is None else value.data
 

@@ -33,6 +33,10 @@ from .cpu_batch_norm import (  # noqa: F401
 )
 from .cpu_common import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat, _optional, _shape
 from .cpu_dropout import dropout_backward, dropout_forward  # noqa: F401
+from .cpu_layer_norm import (  # noqa: F401
+    layer_norm_backward,
+    layer_norm_forward,
+)
 from .cpu_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,

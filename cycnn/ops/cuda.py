@@ -55,6 +55,10 @@ from .cuda_common import (
     _vectors,
 )
 from .cuda_dropout import dropout_backward, dropout_forward  # noqa: F401
+from .cuda_layer_norm import (  # noqa: F401
+    layer_norm_backward,
+    layer_norm_forward,
+)
 from .cuda_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,

@@ -33,6 +33,10 @@ from .reference_batch_norm import (  # noqa: F401
 )
 from .reference_common import _f64, _write
 from .reference_dropout import dropout_backward, dropout_forward  # noqa: F401
+from .reference_layer_norm import (  # noqa: F401
+    layer_norm_backward,
+    layer_norm_forward,
+)
 from .reference_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,

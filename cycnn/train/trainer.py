@@ -18,7 +18,7 @@ import numpy as np
 from .. import random, shapes
 from ..data import ArrayDataset, DataLoader
 from ..errors import DataError, ShapeError
-from ..nn import LogSoftmax, Predictor, Sequential
+from ..nn import LogSoftmax, Predictor, Sequential, Softmax
 from ..nn.inference import BATCH, turn
 from ..ops import for_device
 from ..tensor import Tensor, zeros
@@ -494,18 +494,21 @@ class Trainer:
     def predict_proba(self, images) -> np.ndarray:
         """The probability of each class for each image: float32, shape (N, classes).
 
-        These are the exponentials of the output of a model that ends in LogSoftmax,
-        and the softmax of the output of any other.
+        These are the output of a model that ends in Softmax, the exponentials of that
+        of one that ends in LogSoftmax, and the softmax of that of any other.
 
         Parameters
         ----------
         images : ndarray, Tensor or data.ArrayDataset
             As for :meth:`predict`, at least one image.
         """
-        device, is_log = self.model.device, _ends_in_log_softmax(self.model)
+        device, last = self.model.device, _last_layer(self.model)
         parts = []
         for scores in self._outputs(images):
-            if not is_log:
+            if isinstance(last, Softmax):
+                parts.append(np.array(scores))
+                continue
+            if not isinstance(last, LogSoftmax):
                 scores = for_device(device).log_softmax_forward(Tensor(scores, device))
             parts.append(np.exp(np.asarray(scores)))
         if not parts:
@@ -603,7 +606,7 @@ def _notify(callbacks, event, *args):
             callback(*args)
 
 
-def _ends_in_log_softmax(model) -> bool:
+def _last_layer(model):
     while isinstance(model, Sequential) and len(model):
         model = model[-1]
-    return isinstance(model, LogSoftmax)
+    return model
