@@ -502,13 +502,13 @@ class Trainer:
         images : ndarray, Tensor or data.ArrayDataset
             As for :meth:`predict`, at least one image.
         """
-        device, last = self.model.device, _last_layer(self.model)
+        device, is_log = self.model.device, _ends_in_log_softmax(self.model)
         parts = []
         for scores in self._outputs(images):
-            if isinstance(last, Softmax):
+            if isinstance(_last_layer(self.model), Softmax):
                 parts.append(np.array(scores))
                 continue
-            if not isinstance(last, LogSoftmax):
+            if not is_log:
                 scores = for_device(device).log_softmax_forward(Tensor(scores, device))
             parts.append(np.exp(np.asarray(scores)))
         if not parts:
@@ -604,6 +604,10 @@ def _notify(callbacks, event, *args):
             method(*args)
         elif event == "on_epoch_end" and callable(callback):
             callback(*args)
+
+
+def _ends_in_log_softmax(model) -> bool:
+    return isinstance(_last_layer(model), LogSoftmax)
 
 
 def _last_layer(model):
