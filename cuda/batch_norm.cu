@@ -5,6 +5,8 @@
 //   backward  with u = (x - mean) r:  dbias = sum dy,  dweight = sum dy u,
 //             dx = weight r (dy - sum dy / M - u sum (dy u) / M), see
 //             ops/reference_batch_norm.py; of given statistics, dx = weight r dy
+//   with relu y is max(that, 0), and dy counts where y > 0, which backward finds out
+//             from x again: ReLU costs no pass over memory of its own
 //
 // The numbers of a channel are cut into parts, one block each, so that few channels
 // keep a GPU busy as well. A second launch joins the parts in a fixed order; where
@@ -194,16 +196,33 @@ extern "C" __global__ void batch_norm_join_moments(
                    momentum);
 }
 
+// y before ReLU; forward and backward must agree on its sign, hence to the bit
+struct Line {
+  float mean, r, scale, shift;
+
+  METHOD Line(int c, const float* mean_, const float* variance, const float* weight,
+              const float* bias, float eps)
+      : mean(mean_[c]),
+        r(1.0f / sqrtf(variance[c] + eps)),
+        scale(weight == nullptr ? r : r * weight[c]),
+        shift(bias == nullptr ? 0.0f : bias[c]) {}
+
+  METHOD float operator()(float x) const { return __fmaf_rn(x - mean, scale, shift); }
+};
+
 template <int V>
-DEVICE void normalise(float* __restrict__ y, const float* __restrict__ x, float mean,
-                      float scale, float shift, int64 i, int64 image, int N) {
+DEVICE void normalise(float* __restrict__ y, const float* __restrict__ x, Line line,
+                      bool relu, int64 i, int64 image, int N) {
   const bool aligned = aligned16(x) && aligned16(y);
 #pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const int64 at = ((int64)n * image + i) * V;
     Pixels<V> p(x + at, aligned);
 #pragma unroll
-    for (int j = 0; j < V; ++j) p.v[j] = (p.v[j] - mean) * scale + shift;
+    for (int j = 0; j < V; ++j) {
+      const float value = line(p.v[j]);
+      p.v[j] = relu && value <= 0.0f ? 0.0f : value;  // NaN stays NaN
+    }
     p.store(y + at, aligned);
   }
 }
@@ -218,38 +237,35 @@ extern "C" __global__ void batch_norm_normalise(
     const float* __restrict__ bias,       // (C,) or null
     const float* __restrict__ mean,       // (C,)
     const float* __restrict__ variance,   // (C,)
-    float eps, int N, int C, int pixels) {
+    float eps, int N, int C, int pixels, int relu) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i == 0 && blockIdx.y == 0 && batches != nullptr) ++*batches;
   const int units = pixels % 4 == 0 ? pixels / 4 : pixels;
   if (i >= C * units) return;
-  const int c = i / units;
-  const float r = 1.0f / sqrtf(variance[c] + eps);
-  const float scale = weight == nullptr ? r : r * weight[c];
-  const float shift = bias == nullptr ? 0.0f : bias[c];
+  const Line line(i / units, mean, variance, weight, bias, eps);
   if (pixels % 4 == 0)
-    normalise<4>(y, x, mean[c], scale, shift, i, (int64)C * units, N);
+    normalise<4>(y, x, line, relu, i, (int64)C * units, N);
   else
-    normalise<1>(y, x, mean[c], scale, shift, i, (int64)C * units, N);
+    normalise<1>(y, x, line, relu, i, (int64)C * units, N);
 }
 
-// What one thread does when the sums of a channel are there.
+// What one thread does when the sums of a channel are there; r = 1 / sqrt(variance +
+// eps).
 DEVICE void finish_sums(float plain, float moment, int C, int c, float* sums,
-                        float* dweight, float* dbias, float variance, float eps,
-                        int accumulate) {
+                        float* dweight, float* dbias, float r, int accumulate) {
   sums[c] = plain;
   sums[C + c] = moment;
   if (dbias != nullptr) dbias[c] = accumulate ? dbias[c] + plain : plain;
   if (dweight != nullptr) {
-    const float d = moment * (1.0f / sqrtf(variance + eps));
+    const float d = moment * r;
     dweight[c] = accumulate ? dweight[c] + d : d;
   }
 }
 
 template <int V>
 DEVICE void sums_of_part(const float* __restrict__ dy, const float* __restrict__ x,
-                         float mean, int N, int C, int pixels, int units_a_part,
-                         float& plain, float& moment) {
+                         Line line, bool relu, int N, int C, int pixels,
+                         int units_a_part, float& plain, float& moment) {
   const int units = pixels / V, c = blockIdx.x;
   const Part part((int64)N * units, units_a_part);
   const int own = (int)(part.end - part.first);
@@ -261,8 +277,9 @@ DEVICE void sums_of_part(const float* __restrict__ dy, const float* __restrict__
     const Pixels<V> d(dy + offset, aligned), p(x + offset, aligned);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      plain += d.v[j];
-      moment += d.v[j] * (p.v[j] - mean);
+      const float passed = !relu || line(p.v[j]) > 0.0f ? d.v[j] : 0.0f;
+      plain += passed;
+      moment += passed * (p.v[j] - line.mean);
     }
   }
 }
@@ -276,21 +293,23 @@ extern "C" __global__ void batch_norm_sums(
     float* __restrict__ dbias,            // (C,) or null
     const float* __restrict__ dy,         // (N, C, pixels)
     const float* __restrict__ x,          // (N, C, pixels)
+    const float* __restrict__ weight,     // (C,) or null
+    const float* __restrict__ bias,       // (C,) or null
     const float* __restrict__ mean,       // (C,)
     const float* __restrict__ variance,   // (C,)
-    float eps, int N, int C, int pixels, int units_a_part, int accumulate) {
+    float eps, int N, int C, int pixels, int units_a_part, int accumulate, int relu) {
   const int c = blockIdx.x;
+  const Line line(c, mean, variance, weight, bias, eps);
   float plain = 0.0f, moment = 0.0f;
   if (pixels % 4 == 0)
-    sums_of_part<4>(dy, x, mean[c], N, C, pixels, units_a_part, plain, moment);
+    sums_of_part<4>(dy, x, line, relu, N, C, pixels, units_a_part, plain, moment);
   else
-    sums_of_part<1>(dy, x, mean[c], N, C, pixels, units_a_part, plain, moment);
+    sums_of_part<1>(dy, x, line, relu, N, C, pixels, units_a_part, plain, moment);
   plain = block_reduce<Sum>(plain);
   moment = block_reduce<Sum>(moment);
   if (threadIdx.x > 0) return;
   if (gridDim.y == 1) {
-    finish_sums(plain, moment, C, c, sums, dweight, dbias, variance[c], eps,
-                accumulate);
+    finish_sums(plain, moment, C, c, sums, dweight, dbias, line.r, accumulate);
   } else {
     const int64 at = (int64)c * gridDim.y + blockIdx.y;
     parts[at] = plain;
@@ -317,27 +336,30 @@ extern "C" __global__ void batch_norm_join_sums(
   plain = warp_reduce<Sum>(plain);
   moment = warp_reduce<Sum>(moment);
   if (WarpGroup::rank() == 0)
-    finish_sums(plain, moment, C, (int)c, sums, dweight, dbias, variance[c], eps,
-                accumulate);
+    finish_sums(plain, moment, C, (int)c, sums, dweight, dbias,
+                1.0f / sqrtf(variance[c] + eps), accumulate);
 }
 
 template <int V>
 DEVICE void gradient_x(float* __restrict__ dx, const float* __restrict__ dy,
-                       const float* __restrict__ x, float mean, float scale,
-                       float plain, float moment, bool of_batch, int64 i, int64 image,
+                       const float* __restrict__ x, Line line, float plain,
+                       float moment, bool of_batch, bool relu, int64 i, int64 image,
                        int N) {
   const bool aligned = aligned16(x) && aligned16(dy) && aligned16(dx);
 #pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const int64 at = ((int64)n * image + i) * V;
     Pixels<V> d(dy + at, aligned);
-    if (of_batch) {
+    if (of_batch || relu) {
       const Pixels<V> p(x + at, aligned);
 #pragma unroll
-      for (int j = 0; j < V; ++j) d.v[j] -= plain + (p.v[j] - mean) * moment;
+      for (int j = 0; j < V; ++j) {
+        if (relu && !(line(p.v[j]) > 0.0f)) d.v[j] = 0.0f;
+        if (of_batch) d.v[j] -= plain + (p.v[j] - line.mean) * moment;
+      }
     }
 #pragma unroll
-    for (int j = 0; j < V; ++j) d.v[j] *= scale;
+    for (int j = 0; j < V; ++j) d.v[j] *= line.scale;
     d.store(dx + at, aligned);
   }
 }
@@ -348,24 +370,24 @@ extern "C" __global__ void batch_norm_gradient(
     const float* __restrict__ dy,         // (N, C, pixels)
     const float* __restrict__ x,          // (N, C, pixels)
     const float* __restrict__ weight,     // (C,) or null
+    const float* __restrict__ bias,       // (C,) or null
     const float* __restrict__ mean,       // (C,)
     const float* __restrict__ variance,   // (C,)
     const float* __restrict__ sums,       // (2, C) or null
-    float eps, int N, int C, int pixels) {
+    float eps, int N, int C, int pixels, int relu) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int units = pixels % 4 == 0 ? pixels / 4 : pixels;
   if (i >= C * units) return;
   const int c = i / units;
-  const float r = 1.0f / sqrtf(variance[c] + eps);
-  const float scale = weight == nullptr ? r : r * weight[c];
+  const Line line(c, mean, variance, weight, bias, eps);
   const float count = (float)N * (float)pixels;
   const bool of_batch = sums != nullptr;
   const float plain = of_batch ? sums[c] / count : 0.0f;
-  const float moment = of_batch ? sums[C + c] / count * (r * r) : 0.0f;
+  const float moment = of_batch ? sums[C + c] / count * (line.r * line.r) : 0.0f;
   if (pixels % 4 == 0)
-    gradient_x<4>(dx, dy, x, mean[c], scale, plain, moment, of_batch, i,
+    gradient_x<4>(dx, dy, x, line, plain, moment, of_batch, relu, i,
                   (int64)C * units, N);
   else
-    gradient_x<1>(dx, dy, x, mean[c], scale, plain, moment, of_batch, i,
+    gradient_x<1>(dx, dy, x, line, plain, moment, of_batch, relu, i,
                   (int64)C * units, N);
 }

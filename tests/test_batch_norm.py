@@ -175,6 +175,47 @@ def test_the_variance_survives_a_large_mean():
     np.testing.assert_allclose(mean.numpy(), exact.mean(axis=(0, 2, 3)), rtol=1e-7)
 
 
+@pytest.mark.parametrize("of_batch", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_relu_behind_it(of_batch, affine):
+    x, dy = normal(2, 3, 2, 5, 4, seed=7)
+    weight, bias, mean, variance, _ = arguments(2)
+    if not affine:
+        weight = bias = None
+    if of_batch:
+        mean, variance = x.mean(axis=(0, 2, 3)), x.var(axis=(0, 2, 3))
+    given = mean, variance
+    forward = lambda relu: (
+        reference.batch_norm2d_forward(x, weight, bias, *(None,) * 3, 0.1, EPS, relu)[0]
+        if of_batch
+        else reference.batch_norm2d_inference(x, weight, bias, *given, EPS, relu)
+    )
+    plain = forward(False)
+    assert abs(plain).min() > 1e-4, "no number at the bend"
+    np.testing.assert_array_equal(forward(True), np.maximum(plain, 0))
+    sums = [np.empty(2), np.empty(2)]
+    dx = reference.batch_norm2d_backward(
+        dy, x, weight, *given, *sums, EPS, of_batch, relu=True, bias=bias
+    )
+    expected = slope(lambda: forward(True), x, dy)
+    np.testing.assert_allclose(dx, expected, rtol=1e-5, atol=1e-7)
+
+    tensors = [a if a is None else Tensor(a, "cpu") for a in (x, weight, bias, *given)]
+    if of_batch:
+        found = cpu.batch_norm2d_forward(*tensors[:3], *(None,) * 3, 0.1, EPS, True)[0]
+    else:
+        found = cpu.batch_norm2d_inference(*tensors, EPS, True)
+    np.testing.assert_allclose(found.numpy(), forward(True), atol=1e-5)
+    targets = Tensor(np.empty(2), "cpu"), Tensor(np.empty(2), "cpu")
+    found = cpu.batch_norm2d_backward(
+        Tensor(dy, "cpu"), *tensors[:2], *tensors[3:], *targets, EPS, of_batch,
+        relu=True, bias=tensors[2],
+    )  # fmt: skip
+    np.testing.assert_allclose(found.numpy(), dx, rtol=1e-4, atol=1e-5)
+    for target, value in zip(targets, sums):
+        np.testing.assert_allclose(target.numpy(), value, rtol=1e-4, atol=1e-5)
+
+
 # the layer
 
 
@@ -362,6 +403,37 @@ def test_ten_steps_against_pytorch(momentum, affine):
 # training
 
 TRAIN, TEST = patterns(200), patterns(50, seed=9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_with_its_relu_it_has_the_same_bits(training):
+    model = nn.Sequential(
+        nn.BatchNorm2d(2, affine=False), nn.ReLU(), nn.Conv2d(2, 3, 3, bias=False),
+        nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Tanh(),
+    )  # fmt: skip
+    other = copy.deepcopy(model)
+    fused = nn.fuse(other)
+    assert [type(layer).__name__ for layer in fused] == [
+        "FusedBatchNorm2d", "FusedConv2d", "FusedBatchNorm2d", "BatchNorm2d", "Tanh",
+    ]  # fmt: skip
+    for each in (model, other):
+        each.train(training)
+    for seed in range(2):
+        x = normal(5, 2, 6, 7, seed=seed).astype("f")
+        dy = normal(5, 3, 4, 5, seed=seed + 2).astype("f")
+        np.testing.assert_array_equal(fused(x).numpy(), model(x).numpy())
+        np.testing.assert_array_equal(
+            fused.backward(dy, accumulate=seed > 0).numpy(),
+            model.backward(dy, accumulate=seed > 0).numpy(),
+        )
+        for one, two in zip(other.parameters(), model.parameters()):
+            np.testing.assert_array_equal(one.grad.numpy(), two.grad.numpy())
+        for name, array in fused.state_dict().items():
+            np.testing.assert_array_equal(array, model.state_dict()[name])
+    fused(x)
+    fused.backward(dy, input_grad=False)
+    with pytest.raises(RuntimeError, match="backward without a forward"):
+        fused.backward(dy)
 
 
 def make_trainer(capture=None):

@@ -54,8 +54,8 @@ def fuse(model) -> Layer:
         For a Sequential, its layers with these runs replaced: Conv2d (of one group,
         without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
         padding), the last two if they are there; two of these, the first of few input
-        channels; Linear and ReLU. Any other model comes back unchanged, a Sequential
-        with a forward of its own among them.
+        channels; BatchNorm2d and ReLU; Linear and ReLU. Any other model comes back
+        unchanged, a Sequential with a forward of its own among them.
 
     Notes
     -----
@@ -70,7 +70,7 @@ def fuse(model) -> Layer:
     layers = _flat(model)
     result = []
     while layers:
-        run = _conv_run(layers) or _linear_run(layers)
+        run = _conv_run(layers) or _norm_run(layers) or _linear_run(layers)
         if run is None:
             result.append(layers.pop(0))
             continue
@@ -114,6 +114,12 @@ def _is_pair(first, second) -> bool:
         return False
     first, second = first.parts[0].weight.shape, second.parts[0].weight.shape
     return first[1] <= FEW_CHANNELS and first[0] == second[1]
+
+
+def _norm_run(layers):
+    if [type(layer) for layer in layers[:2]] == [BatchNorm2d, ReLU]:
+        return FusedBatchNorm2d(layers[:2])
+    return None
 
 
 def _linear_run(layers):
@@ -508,6 +514,23 @@ class FusedConvPair(_Run):
     def _forget(self):
         for run in self._runs:
             run._forget()
+
+
+class FusedBatchNorm2d(_Run):
+    """y = relu(batch_norm(x)), on every device; ReLU takes no pass of its own.
+
+    The layer remembers its input, out of which backward finds where y was positive.
+    """
+
+    def forward(self, x):
+        x = x.made() if isinstance(x, Gather) else x
+        return self.parts[0]._normalised(x, relu=True)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        return self.parts[0].backward(dy, input_grad, accumulate)
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False):
+        return []  # they are compiled with the package
 
 
 class FusedLinear(_Run):

@@ -81,6 +81,10 @@ class BatchNorm2d(Layer):
         self.pack()
 
     def forward(self, x):
+        return self._normalised(x, False)
+
+    def _normalised(self, x, relu):
+        """The output, of a ReLU behind the layer if ``relu``."""
         of_batch = self.training or self.running_mean is None
         weight, bias = _data(self.weight), _data(self.bias)
         mean, variance = _data(self.running_mean), _data(self.running_var)
@@ -93,15 +97,15 @@ class BatchNorm2d(Layer):
                 batches = _data(self.num_batches_tracked)
                 statistics = mean, variance, batches, self.momentum, self.eps
                 y, mean, variance = ops.batch_norm2d_forward(
-                    x, weight, bias, *statistics
+                    x, weight, bias, *statistics, relu
                 )
             else:
                 y = ops.batch_norm2d_inference(
-                    x, weight, bias, mean, variance, self.eps
+                    x, weight, bias, mean, variance, self.eps, relu
                 )
         except ShapeError as error:
             raise ShapeError(f"{self!r}: {error}") from None
-        self._saved = (x, mean, variance, of_batch)
+        self._saved = (x, mean, variance, of_batch, relu)
         return y
 
     def _check_channels(self, x):
@@ -123,7 +127,7 @@ class BatchNorm2d(Layer):
 
             dx = w r (dy - (sum of dy) / M - u (sum of dy u) / M)
         """
-        x, mean, variance, of_batch = self._remembered()
+        x, mean, variance, of_batch, relu = self._remembered()
         weight, bias = self.weight, self.bias
         dx = for_device(x.device).batch_norm2d_backward(
             as_gradient(self, dy, x.shape, x.device),
@@ -137,6 +141,8 @@ class BatchNorm2d(Layer):
             of_batch,
             input_grad,
             accumulate,
+            relu,
+            _data(bias),
         )
         self._saved = None
         return dx

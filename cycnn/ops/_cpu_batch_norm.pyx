@@ -46,11 +46,16 @@ cdef void gradient_sums_of(
 
 
 cdef void normalise_plane(
-    const float *x, float mean, float scale, float shift, float *y, idx pixels
+    const float *x, float mean, float scale, float shift, float *y, idx pixels,
+    bint relu,
 ) noexcept nogil:
     cdef idx j
     for j in range(pixels):
         y[j] = (x[j] - mean) * scale + shift
+    if relu:
+        for j in range(pixels):
+            # NaN stays NaN
+            y[j] = 0 if y[j] <= 0 else y[j]
 
 
 cdef void gradient_plane(
@@ -90,16 +95,16 @@ def gradient_sums(
 
 def normalise(
     const float[::1] x, const float[::1] mean, const float[::1] scale,
-    const float[::1] shift, float[::1] y, idx n, idx c, idx pixels,
+    const float[::1] shift, float[::1] y, idx n, idx c, idx pixels, bint relu,
 ):
-    """y = (x - mean) scale + shift"""
+    """y = (x - mean) scale + shift, or if ``relu`` 0 where that is negative."""
     cdef idx i
     for i in prange(
         n * c, nogil=True, schedule="static", use_threads_if=x.shape[0] >= FORK
     ):
         normalise_plane(
             &x[i * pixels], mean[i % c], scale[i % c], shift[i % c], &y[i * pixels],
-            pixels,
+            pixels, relu,
         )
 
 

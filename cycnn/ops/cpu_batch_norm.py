@@ -12,14 +12,14 @@ from .cpu_common import _FLOAT32, _INT32, _array, _cpu, _flat, _optional, _shape
 from . import _cpu_batch_norm as _loops  # isort: skip
 
 
-def _normalised(x, weight, bias, mean, variance, eps):
+def _normalised(x, weight, bias, mean, variance, eps, relu):
     y = _cpu.empty(x.shape, _FLOAT32)
     if x.size:
         scale = _scale(weight, variance, eps)
         shift = np.zeros_like(mean) if bias is None else bias
         n, c, h, w = x.shape
-        _loops.normalise(_flat(x), mean, scale, shift, _flat(y), n, c, h * w)
-    return from_array(y)
+        _loops.normalise(_flat(x), mean, scale, shift, _flat(y), n, c, h * w, relu)
+    return y
 
 
 def _scale(weight, variance, eps):
@@ -28,7 +28,7 @@ def _scale(weight, variance, eps):
 
 
 def batch_norm2d_forward(
-    x, weight, bias, running_mean, running_var, batches, momentum, eps
+    x, weight, bias, running_mean, running_var, batches, momentum, eps, relu=False
 ):
     """(y, mean, variance) of x (N, C, H, W); running statistics are updated."""
     x, weight, bias = (
@@ -57,11 +57,11 @@ def batch_norm2d_forward(
         running[...] = (1 - f) * running + f * mean
         sample = variance * np.float32(count / (count - 1))
         running_squares[...] = (1 - f) * running_squares + f * sample
-    y = _normalised(x, weight, bias, mean, variance, eps)
-    return y, from_array(mean), from_array(variance)
+    y = _normalised(x, weight, bias, mean, variance, eps, relu)
+    return tuple(map(from_array, (y, mean, variance)))
 
 
-def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
+def batch_norm2d_inference(x, weight, bias, mean, variance, eps, relu=False):
     """y (N, C, H, W), of given statistics."""
     x, weight, bias = (
         _array("x", x),
@@ -76,7 +76,7 @@ def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
         mean=mean.shape,
         variance=variance.shape,
     )
-    return _normalised(x, weight, bias, mean, variance, eps)
+    return from_array(_normalised(x, weight, bias, mean, variance, eps, relu))
 
 
 def batch_norm2d_backward(
@@ -91,11 +91,14 @@ def batch_norm2d_backward(
     of_batch=True,
     need_dx=True,
     accumulate=False,
+    relu=False,
+    bias=None,
 ):
     """dx (N, C, H, W) or None; dweight and dbias (C,) are written or added to."""
     dy, x, weight = _array("dy", dy), _array("x", x), _optional("weight", weight)
     mean, variance = _array("mean", mean), _array("variance", variance)
     dweight, dbias = _optional("dweight", dweight), _optional("dbias", dbias)
+    bias = _optional("bias", bias)
     count = shapes.check_batch_norm2d(
         x.shape,
         weight=_shape(weight),
@@ -103,9 +106,15 @@ def batch_norm2d_backward(
         variance=variance.shape,
         dweight=_shape(dweight),
         dbias=_shape(dbias),
+        bias=_shape(bias),
     )
     shapes.check_same(x=x.shape, dy=dy.shape)
     n, c, h, w = x.shape
+    if relu and x.size:
+        y = _normalised(x, weight, bias, mean, variance, eps, relu)
+        passed = _cpu.empty(x.shape, _FLOAT32)
+        _cpu.relu_gradient(_flat(dy), _flat(y), _flat(passed))
+        dy = passed
     sums = np.zeros((2, c), _FLOAT32)
     if count:
         _loops.gradient_sums(_flat(dy), _flat(x), mean, *sums, n, c, h * w)

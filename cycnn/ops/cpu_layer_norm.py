@@ -14,7 +14,11 @@ from . import _cpu_layer_norm as _loops  # isort: skip
 
 def layer_norm_forward(x, weight, bias, eps):
     """(y, mean, variance) of x (N, F)."""
-    x, weight, bias = _array("x", x), _optional("weight", weight), _optional("bias", bias)
+    x, weight, bias = (
+        _array("x", x),
+        _optional("weight", weight),
+        _optional("bias", bias),
+    )
     n, f = shapes.check_layer_norm(x.shape, weight=_shape(weight), bias=_shape(bias))
     y = _cpu.empty(x.shape, _FLOAT32)
     mean, variance = np.empty((2, n), _FLOAT32)

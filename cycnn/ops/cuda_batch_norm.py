@@ -13,10 +13,10 @@ from .cuda_common import _BLOCK, _FLOAT32, _get, _images, _int32, _of_rows
 
 _moments = Kernel("batch_norm", "batch_norm_moments", "PPPPPPPfiiii")
 _join_moments = Kernel("batch_norm", "batch_norm_join_moments", "PPPPPPfiiqq")
-_normalise = Kernel("batch_norm", "batch_norm_normalise", "PPPPPPPfiii")
-_sums = Kernel("batch_norm", "batch_norm_sums", "PPPPPPPPfiiiii")
+_normalise = Kernel("batch_norm", "batch_norm_normalise", "PPPPPPPfiiii")
+_sums = Kernel("batch_norm", "batch_norm_sums", "PPPPPPPPPPfiiiiii")
 _join_sums = Kernel("batch_norm", "batch_norm_join_sums", "PPPPPfiii")
-_gradient = Kernel("batch_norm", "batch_norm_gradient", "PPPPPPPfiii")
+_gradient = Kernel("batch_norm", "batch_norm_gradient", "PPPPPPPPfiiii")
 
 _PART = 4096  # numbers of a channel that one block takes
 _MOST_PARTS = 1024
@@ -63,18 +63,18 @@ def _partial(plan, device):
     return empty_on_gpu((2, plan.sizes[1], plan.parts), _FLOAT32, device)
 
 
-def _normalised(stream, x, weight, bias, mean, variance, eps, batches=None):
+def _normalised(stream, x, weight, bias, mean, variance, eps, relu, batches=None):
     y = empty_on_gpu(x.shape, _FLOAT32, x.device)
     plan = _plan(x.shape)
     _normalise(
         stream, plan.grid, _BLOCK, y, batches, x, weight, bias, mean, variance, eps,
-        *plan.sizes,
+        *plan.sizes, int(relu),
     )  # fmt: skip
     return y
 
 
 def batch_norm2d_forward(
-    x, weight, bias, running_mean, running_var, batches, momentum, eps
+    x, weight, bias, running_mean, running_var, batches, momentum, eps, relu=False
 ):
     count = shapes.check_batch_norm2d(
         x.shape,
@@ -107,11 +107,11 @@ def batch_norm2d_forward(
             stream, _of_rows(c), _BLOCK, *written, parts, factor, c, plan.parts,
             plan.numbers, plan.total,
         )  # fmt: skip
-    y = _normalised(stream, x, weight, bias, mean, variance, eps, batches)
+    y = _normalised(stream, x, weight, bias, mean, variance, eps, relu, batches)
     return y, mean, variance
 
 
-def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
+def batch_norm2d_inference(x, weight, bias, mean, variance, eps, relu=False):
     shapes.check_batch_norm2d(
         x.shape,
         weight=_shape(weight),
@@ -122,7 +122,7 @@ def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
     if not x.size:
         return empty_on_gpu(x.shape, _FLOAT32, x.device)
     stream = _get(x.device.index).compute
-    return _normalised(stream, x, weight, bias, mean, variance, eps)
+    return _normalised(stream, x, weight, bias, mean, variance, eps, relu)
 
 
 def batch_norm2d_backward(
@@ -137,6 +137,8 @@ def batch_norm2d_backward(
     of_batch=True,
     need_dx=True,
     accumulate=False,
+    relu=False,
+    bias=None,
 ):
     shapes.check_batch_norm2d(
         x.shape,
@@ -145,6 +147,7 @@ def batch_norm2d_backward(
         variance=variance.shape,
         dweight=_shape(dweight),
         dbias=_shape(dbias),
+        bias=_shape(bias),
     )
     if dy.shape != x.shape:
         shapes.check_same(x=x.shape, dy=dy.shape)
@@ -163,8 +166,8 @@ def batch_norm2d_backward(
         parts = _partial(plan, device)
         written = sums, dweight, dbias
         _sums(
-            stream, (c, plan.parts), _BLOCK, parts, *written, dy, x, mean, variance,
-            eps, *plan.sizes, plan.units_a_part, int(accumulate),
+            stream, (c, plan.parts), _BLOCK, parts, *written, dy, x, weight, bias, mean,
+            variance, eps, *plan.sizes, plan.units_a_part, int(accumulate), int(relu),
         )  # fmt: skip
         if parts is not None:
             _join_sums(
@@ -173,7 +176,7 @@ def batch_norm2d_backward(
             )  # fmt: skip
     if need_dx:
         _gradient(
-            stream, plan.grid, _BLOCK, dx, dy, x, weight, mean, variance,
-            sums if of_batch else None, eps, *plan.sizes,
+            stream, plan.grid, _BLOCK, dx, dy, x, weight, bias, mean, variance,
+            sums if of_batch else None, eps, *plan.sizes, int(relu),
         )  # fmt: skip
     return dx

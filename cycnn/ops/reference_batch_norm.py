@@ -15,15 +15,16 @@ def _of_channels(a):
     return _f64(a)[:, None, None]
 
 
-def _normalised(x, weight, bias, mean, variance, eps):
+def _normalised(x, weight, bias, mean, variance, eps, relu=False):
     y = (_f64(x) - _of_channels(mean)) / np.sqrt(_of_channels(variance) + eps)
     if weight is not None:
         y = y * _of_channels(weight)
-    return y if bias is None else y + _of_channels(bias)
+    y = y if bias is None else y + _of_channels(bias)
+    return np.where(y <= 0, 0.0, y) if relu else y
 
 
 def batch_norm2d_forward(
-    x, weight, bias, running_mean, running_var, batches, momentum, eps
+    x, weight, bias, running_mean, running_var, batches, momentum, eps, relu=False
 ):
     """Each channel shifted and scaled to mean 0 and variance 1, then as it is learned.
 
@@ -44,6 +45,8 @@ def batch_norm2d_forward(
         1 is added. None with the running statistics.
     momentum : float or None
     eps : float
+    relu : bool
+        Whether y is max(that, 0).
 
     Returns
     -------
@@ -70,10 +73,11 @@ def batch_norm2d_forward(
         running_mean[...] = (1 - f) * _f64(running_mean) + f * mean
         running_var[...] = (1 - f) * _f64(running_var) + f * squares / (count - 1)
     variance = squares / count
-    return _normalised(x, weight, bias, mean, variance, eps), mean, variance
+    y = _normalised(x, weight, bias, mean, variance, eps, relu)
+    return y, mean, variance
 
 
-def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
+def batch_norm2d_inference(x, weight, bias, mean, variance, eps, relu=False):
     """y = (x - mean) / sqrt(variance + eps) weight + bias, of given statistics.
 
     Parameters
@@ -82,6 +86,8 @@ def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
     weight, bias : (C,) or None
     mean, variance : (C,)
     eps : float
+    relu : bool
+        Whether y is max(that, 0).
 
     Returns
     -------
@@ -94,7 +100,7 @@ def batch_norm2d_inference(x, weight, bias, mean, variance, eps):
         mean=mean.shape,
         variance=variance.shape,
     )
-    return _normalised(x, weight, bias, mean, variance, eps)
+    return _normalised(x, weight, bias, mean, variance, eps, relu)
 
 
 def batch_norm2d_backward(
@@ -109,6 +115,8 @@ def batch_norm2d_backward(
     of_batch=True,
     need_dx=True,
     accumulate=False,
+    relu=False,
+    bias=None,
 ):
     """Gradients of :func:`batch_norm2d_forward`, or of :func:`batch_norm2d_inference`.
 
@@ -125,6 +133,8 @@ def batch_norm2d_backward(
 
         dx_i = weight r (dy_i - (sum dy) / M - u_i (sum dy u) / M).
 
+    With ``relu``, dy counts where weight u + bias > 0, and is 0 elsewhere.
+
     Parameters
     ----------
     dy, x : (N, C, H, W)
@@ -136,6 +146,10 @@ def batch_norm2d_backward(
     of_batch : bool
         Whether mean and variance are those of x.
     need_dx : bool
+    relu : bool
+        As given to the forward.
+    bias : (C,) or None
+        As given to the forward; used with ``relu`` only.
 
     Returns
     -------
@@ -148,9 +162,12 @@ def batch_norm2d_backward(
         variance=variance.shape,
         dweight=np.shape(dweight),
         dbias=np.shape(dbias),
+        bias=np.shape(bias),
     )
     shapes.check_same(x=x.shape, dy=dy.shape)
     dy = _f64(dy)
+    if relu:
+        dy = np.where(_normalised(x, weight, bias, mean, variance, eps) > 0, dy, 0.0)
     r = 1 / np.sqrt(_of_channels(variance) + eps)
     u = (_f64(x) - _of_channels(mean)) * r
     sums = dy.sum(axis=_PIXELS), (dy * u).sum(axis=_PIXELS)

@@ -50,7 +50,7 @@ def layer_norm_backward(
 ):
     """Gradients of :func:`layer_norm_forward`.
 
-    With r = 1 / sqrt(variance + eps) and u = (x - mean) r of a row, y = weight u + bias:
+    With r = 1 / sqrt(variance + eps), u = (x - mean) r of a row, y = weight u + bias:
 
         dbias = sum_n dy,    dweight = sum_n dy u,    du = dy weight.
 

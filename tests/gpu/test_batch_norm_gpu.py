@@ -143,6 +143,36 @@ def test_backward(ops, shape, of_batch, accumulate):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("of_batch", (True, False), ids=("training", "evaluation"))
+def test_relu_behind_it_has_the_bits_of_a_relu(ops, shape, of_batch):
+    c = shape[1]
+    weight, bias, mean, variance, _ = arguments(c)
+    given = [on_gpu(a.astype("f")) for a in (normal(*shape), weight, bias)]
+    mean, variance = on_gpu(mean.astype("f")), on_gpu(variance.astype("f"))
+    dy = on_gpu(normal(*shape, seed=1))
+    results = []
+    for relu in (False, True):
+        if of_batch:
+            y, mean, variance = ops.batch_norm2d_forward(
+                *given, None, None, None, 0.1, EPS, relu
+            )
+        else:
+            y = ops.batch_norm2d_inference(*given, mean, variance, EPS, relu)
+        passed = dy
+        if not relu:
+            y = ops.relu_forward(y)
+            passed = ops.relu_backward(dy, y)
+        dw, db = poisoned(c), poisoned(c)
+        dx = ops.batch_norm2d_backward(
+            passed, *given[:2], mean, variance, dw, db, EPS, of_batch, relu=relu,
+            bias=given[2],
+        )  # fmt: skip
+        results.append((y, dx, dw, db))
+    for apart, together in zip(*results):
+        assert_same_bits(apart, together)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_inference(ops, shape):
     weight, bias, mean, variance, _ = (a.astype("f") for a in arguments(shape[1]))
     x = normal(*shape)
