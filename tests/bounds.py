@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cycnn import Tensor
+from cycnn import Tensor, tensor
 
 F32 = 2.0**-24  # roundoff
 SIZES = (0, 1, 31, 33, 257, 4099)
@@ -28,3 +28,29 @@ def assert_same_bits(a, b):
     np.testing.assert_array_equal(
         a.numpy().view(np.uint32), b.numpy().view(np.uint32), strict=True
     )
+
+
+def poison(monkeypatch):
+    """Have operations find NaN in new memory, so that what they leave out shows."""
+    from cycnn.ops import (
+        cuda_activation,
+        cuda_batch_norm,
+        cuda_common,
+        cuda_dropout,
+        cuda_layer_norm,
+        cuda_pooling,
+    )
+
+    def poisoned(shape, dtype, device):
+        made = tensor.empty_on_gpu(shape, dtype, device)
+        return made.fill_(np.nan if dtype == np.float32 else -1)
+
+    for module in (
+        cuda_activation,
+        cuda_batch_norm,
+        cuda_common,
+        cuda_dropout,
+        cuda_layer_norm,
+        cuda_pooling,
+    ):
+        monkeypatch.setattr(module, "empty_on_gpu", poisoned)

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
-from bounds import F32, SIZES, assert_close, assert_same_bits, on_gpu
+from bounds import F32, SIZES, assert_close, assert_same_bits, on_gpu, poison
 from test_activation import ELEMENTWISE, LAYERS, functions, inputs
 
 import cycnn
 from cycnn import Tensor, nn
 from cycnn.ops import reference
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    poison(monkeypatch)
 
 
 @pytest.fixture(scope="module")

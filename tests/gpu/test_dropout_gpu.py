@@ -2,13 +2,18 @@
 
 import numpy as np
 import pytest
-from bounds import SIZES, assert_same_bits, on_gpu
+from bounds import SIZES, assert_same_bits, on_gpu, poison
 from test_dropout import TRAIN, state_of
 from training import CLASSES, digest, figures
 
 import cycnn
 from cycnn import Tensor, Trainer, nn, optim
 from cycnn.ops import cpu
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    poison(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from bounds import F32, assert_close, assert_same_bits, on_gpu
+from bounds import F32, assert_close, assert_same_bits, on_gpu, poison
 
 from cycnn import Tensor, nn
 from cycnn.ops import reference
@@ -10,6 +10,11 @@ from cycnn.ops import reference
 EPS = 1e-5
 # a warp a row, a block a row; one part of the rows, several
 SHAPES = ((1, 1), (3, 31), (33, 33), (257, 10), (5, 2048), (3, 5001), (1000, 65))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    poison(monkeypatch)
 
 
 @pytest.fixture(scope="module")

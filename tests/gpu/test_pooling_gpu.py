@@ -2,10 +2,15 @@
 
 import numpy as np
 import pytest
-from bounds import F32, assert_close, assert_same_bits, on_gpu
+from bounds import F32, assert_close, assert_same_bits, on_gpu, poison
 
 from cycnn import Tensor, nn
 from cycnn.ops import reference
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    poison(monkeypatch)
 
 
 @pytest.fixture(scope="module")
