@@ -1,5 +1,9 @@
-// Log-softmax, negative log-likelihood, cross-entropy. Rows are samples, F classes.
+// Softmax, log-softmax, negative log-likelihood, cross-entropy. Rows are samples, F
+// classes.
 //
+//   softmax      y_i = exp(x_i - m) / sum_j exp(x_j - m),  m = max_j x_j
+//   backward     dy_i/dx_j = y_j ([i = j] - y_i), hence
+//                dx_j = y_j (dy_j - sum_i dy_i y_i)
 //   log-softmax  y_i = x_i - m - log sum_j exp(x_j - m),  m = max_j x_j
 //                (m cancels; it keeps exp from overflowing and the log's argument >= 1)
 //   backward     dy_i/dx_j = [i = j] - exp(y_j), hence
@@ -11,6 +15,62 @@
 
 // Launch of the row kernels: blocks of full warps. _rows: one warp a row, as many warps
 // as rows or more. _wide: one block a row, for F in the thousands.
+
+template <class Group>
+DEVICE void softmax_forward(float* __restrict__ y,         // (N, F)
+                            const float* __restrict__ x,   // (N, F)
+                            int N, int F) {
+  const int64 n = Group::row();
+  if (n >= N) return;  // the whole group leaves together
+  x += n * F, y += n * F;
+  float largest = Max::empty();
+#pragma unroll 1
+  for (int f = Group::rank(); f < F; f += Group::size()) largest = fmaxf(largest, x[f]);
+  largest = Group::template reduce<Max>(largest);
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int f = Group::rank(); f < F; f += Group::size()) sum += expf(x[f] - largest);
+  sum = Group::template reduce<Sum>(sum);
+#pragma unroll 1
+  for (int f = Group::rank(); f < F; f += Group::size())
+    y[f] = expf(x[f] - largest) / sum;
+}
+
+template <class Group>
+DEVICE void softmax_backward(float* __restrict__ dx,         // (N, F)
+                             const float* __restrict__ dy,   // (N, F)
+                             const float* __restrict__ y,    // (N, F)
+                             int N, int F) {
+  const int64 n = Group::row();
+  if (n >= N) return;
+  dx += n * F, dy += n * F, y += n * F;
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int f = Group::rank(); f < F; f += Group::size()) sum += dy[f] * y[f];
+  sum = Group::template reduce<Sum>(sum);
+#pragma unroll 1
+  for (int f = Group::rank(); f < F; f += Group::size()) dx[f] = y[f] * (dy[f] - sum);
+}
+
+extern "C" __global__ void softmax_forward_rows(float* y, const float* x, int N,
+                                                int F) {
+  softmax_forward<WarpGroup>(y, x, N, F);
+}
+
+extern "C" __global__ void softmax_forward_wide(float* y, const float* x, int N,
+                                                int F) {
+  softmax_forward<BlockGroup>(y, x, N, F);
+}
+
+extern "C" __global__ void softmax_backward_rows(float* dx, const float* dy,
+                                                 const float* y, int N, int F) {
+  softmax_backward<WarpGroup>(dx, dy, y, N, F);
+}
+
+extern "C" __global__ void softmax_backward_wide(float* dx, const float* dy,
+                                                 const float* y, int N, int F) {
+  softmax_backward<BlockGroup>(dx, dy, y, N, F);
+}
 
 template <class Group>
 DEVICE void log_softmax_forward(float* __restrict__ y,         // (N, F)

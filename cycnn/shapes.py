@@ -231,6 +231,34 @@ def pool2d_output_shape(
     return n, c, *sizes
 
 
+def check_avgpool2d_backward(dy_shape, x_shape, kernel_size, stride, padding) -> None:
+    """The shapes of ``avgpool2d_backward`` fit."""
+    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+
+
+def global_pool2d_output_shape(x_shape: tuple) -> tuple:
+    """(N, C, 1, 1) of x (N, C, H, W).
+
+    Raises
+    ------
+    ShapeError
+        If x has other axes, or its planes have no element, or more than int32 numbers.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    if not 1 <= h * w <= _INT32_MAX:
+        raise ShapeError(
+            f"x has planes of {h} x {w}: expected 1 to {_INT32_MAX} elements"
+        )
+    return n, c, 1, 1
+
+
+def check_global_pool2d_backward(dy_shape, x_shape) -> None:
+    """The shapes of ``global_avgpool2d_backward`` fit."""
+    y_shape = global_pool2d_output_shape(x_shape)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+
+
 def check_maxpool2d_backward(
     dy_shape, positions_shape, x_shape, kernel_size, stride, padding
 ) -> None:
@@ -281,3 +309,46 @@ def gather_output_shape(source_shape: tuple, index_shape: tuple) -> tuple:
         raise ShapeError("cannot gather from a single number: expected shape (M, ...)")
     (n,) = _axes("index", index_shape, "N")
     return n, *source_shape[1:]
+
+
+# normalisation and dropout
+
+
+def check_batch_norm2d(x_shape: tuple, **of_channels) -> int:
+    """x is (N, C, H, W) and the others (C,); returns N H W, the numbers of a channel.
+
+    A shape that is None, or (), which is what NumPy says of None, is left out.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    for name, shape in of_channels.items():
+        if shape:
+            _equal(name, shape, (c,), "one for each channel of x")
+    return n * h * w
+
+
+def check_batch_statistics(x_shape: tuple) -> None:
+    """A channel of x has numbers that vary: none, or more than one."""
+    n, _, h, w = x_shape
+    if n * h * w == 1:
+        raise ShapeError(
+            f"x has one value per channel (shape {tuple(x_shape)}), and a single "
+            f"value has no variance: train with larger batches or images, or call "
+            f"eval() to use the running statistics"
+        )
+
+
+def check_layer_norm(x_shape: tuple, **of_features) -> tuple:
+    """x is (N, F), at least one feature, and the others (F,); returns (N, F).
+
+    A shape that is None or () is left out.
+    """
+    n, f = check_scores("x", x_shape)
+    for name, shape in of_features.items():
+        if shape:
+            _equal(name, shape, (f,), "one for each feature of x")
+    return n, f
+
+
+def check_dropout_state(shape: tuple) -> None:
+    """The state of dropout's random numbers is (4,)."""
+    _equal("state", shape, (4,), "seed (two halves), step, and 0")

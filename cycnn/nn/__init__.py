@@ -1,24 +1,45 @@
 """Layers, losses, initialisers and the reference network."""
 
 from . import init
-from .activation import LogSoftmax, ReLU, Sigmoid
+from .activation import (
+    GELU,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Tanh,
+)
+from .buffer import Buffer
 from .conv import Conv2d
+from .dropout import Dropout
+from .fold import fold_batch_norm
 from .fuse import Objective, fuse
 from .inference import Predictor
 from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
 from .networks import reference_network
+from .normalisation import BatchNorm2d, LayerNorm
 from .parameter import Parameter
-from .pooling import MaxPool2d
+from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
 from .sequential import Sequential
 
 __all__ = [
+    "GELU",
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "BatchNorm2d",
+    "Buffer",
     "Conv2d",
     "CrossEntropyLoss",
+    "Dropout",
     "Flatten",
     "Layer",
+    "LayerNorm",
+    "LeakyReLU",
     "Linear",
     "LogSoftmax",
     "MaxPool2d",
@@ -28,7 +49,11 @@ __all__ = [
     "Predictor",
     "ReLU",
     "Sequential",
+    "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Tanh",
+    "fold_batch_norm",
     "fuse",
     "init",
     "reference_network",

@@ -1,6 +1,11 @@
-"""Activation functions. Each remembers its output: its derivative follows from that."""
+"""Activation functions. Each remembers what its derivative follows from: its output,
+or its input where several inputs have the same output.
+"""
 
 from __future__ import annotations
+
+import math
+import numbers
 
 from ..errors import ShapeError
 from ..ops import for_device
@@ -53,6 +58,181 @@ class Sigmoid(Layer):
         return dx
 
 
+class Tanh(Layer):
+    """y = tanh(x), of any shape."""
+
+    def forward(self, x):
+        x = as_input(self, x)
+        self._saved = y = for_device(x.device).tanh_forward(x)
+        return y
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx = dy (1 - y^2).
+
+        tanh = sinh / cosh, so dy/dx = (cosh^2 - sinh^2) / cosh^2 = 1 - y^2.
+        """
+        y = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(y.device).tanh_backward(
+                as_gradient(self, dy, y.shape, y.device), y
+            )
+        self._saved = None
+        return dx
+
+
+class LeakyReLU(Layer):
+    """y = x where x > 0, else negative_slope x; of any shape.
+
+    Parameters
+    ----------
+    negative_slope : float
+        A finite number.
+    """
+
+    def __init__(self, negative_slope=0.01):
+        if isinstance(negative_slope, bool) or not isinstance(
+            negative_slope, numbers.Real
+        ):
+            raise TypeError(
+                f"LeakyReLU: negative_slope must be a number, got {negative_slope!r}"
+            )
+        if not math.isfinite(negative_slope):
+            raise ValueError(
+                f"LeakyReLU: negative_slope must be finite, got {negative_slope}"
+            )
+        self.negative_slope = float(negative_slope)
+
+    def forward(self, x):
+        self._saved = x = as_input(self, x)
+        return for_device(x.device).leaky_relu_forward(x, self.negative_slope)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx = dy where x > 0, else negative_slope dy: the slopes of the two lines.
+
+        At x = 0, where there is no derivative, negative_slope is taken.
+        """
+        x = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(x.device).leaky_relu_backward(
+                as_gradient(self, dy, x.shape, x.device), x, self.negative_slope
+            )
+        self._saved = None
+        return dx
+
+    def _settings(self):
+        return f"negative_slope={self.negative_slope}"
+
+
+class GELU(Layer):
+    """y = x Phi(x), with Phi the distribution function of the normal distribution.
+
+    Parameters
+    ----------
+    approximate : {"none", "tanh"}
+        "tanh": Phi(x) is taken to be (1 + tanh(v)) / 2 with
+        v = sqrt(2 / pi) (x + 0.044715 x^3), off by at most 0.0003.
+    """
+
+    def __init__(self, approximate="none"):
+        if approximate not in ("none", "tanh"):
+            raise ValueError(
+                f"GELU: approximate must be 'none' or 'tanh', got {approximate!r}"
+            )
+        self.approximate = approximate
+
+    def forward(self, x):
+        self._saved = x = as_input(self, x)
+        return for_device(x.device).gelu_forward(x, self.approximate)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx = dy (Phi(x) + x Phi'(x)), by the product rule.
+
+        Phi'(x) is the normal density exp(-x^2 / 2) / sqrt(2 pi). Of the approximation,
+        which is s(2v) with s(z) = 1 / (1 + exp(-z)), it is s(2v) (1 - s(2v)) 2 v', with
+        v' = sqrt(2 / pi) (1 + 3 0.044715 x^2).
+        """
+        x = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(x.device).gelu_backward(
+                as_gradient(self, dy, x.shape, x.device), x, self.approximate
+            )
+        self._saved = None
+        return dx
+
+    def _settings(self):
+        return f"approximate={self.approximate!r}"
+
+
+class SiLU(Layer):
+    """y = x s(x) with s(x) = 1 / (1 + exp(-x)), of any shape; also called swish."""
+
+    def forward(self, x):
+        self._saved = x = as_input(self, x)
+        return for_device(x.device).silu_forward(x)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx = dy (s + x s (1 - s)), by the product rule; ds/dx = s (1 - s)."""
+        x = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(x.device).silu_backward(
+                as_gradient(self, dy, x.shape, x.device), x
+            )
+        self._saved = None
+        return dx
+
+
+class Softmax(Layer):
+    """Probabilities: the exponentials of each row of scores, over their sum.
+
+    To train a classifier, end it in :class:`LogSoftmax`, whose logarithms stay exact
+    where probabilities come near 0.
+
+    Parameters
+    ----------
+    dim : int
+        The axis of the classes. Only 1 (or -1, the same), with input of shape (N, F).
+
+    Notes
+    -----
+    Formula: y[n,f] = exp(x[n,f]) / (sum over g of exp(x[n,g])). The maximum of the row
+    is subtracted first, which changes nothing but keeps exp from overflowing.
+    """
+
+    def __init__(self, dim=1):
+        self.dim = _rows("Softmax", dim)
+
+    def forward(self, x):
+        x = as_input(self, x)
+        try:
+            self._saved = y = for_device(x.device).softmax_forward(x)
+        except ShapeError as error:
+            raise ShapeError(f"{self!r}: {error}") from None
+        return y
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx = y (dy - (sum of dy y over the row)).
+
+        y[g] depends on x[f] directly if g = f, and through the sum s = sum exp(x):
+        dy[g]/dx[f] = [g = f] exp(x[f]) / s - exp(x[g]) exp(x[f]) / s^2
+        = y[f] ([g = f] - y[g]). Times dy[g], summed over g, that is the formula.
+        """
+        y = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(y.device).softmax_backward(
+                as_gradient(self, dy, y.shape, y.device), y
+            )
+        self._saved = None
+        return dx
+
+    def _settings(self):
+        return f"dim={self.dim}"
+
+
 class LogSoftmax(Layer):
     """Logarithms of probabilities: each row of scores, normalised.
 
@@ -68,11 +248,7 @@ class LogSoftmax(Layer):
     """
 
     def __init__(self, dim=1):
-        if isinstance(dim, bool) or dim not in (1, -1):
-            raise ValueError(
-                f"LogSoftmax: dim={dim!r}, but only dim=1 is there, over rows of (N, F)"
-            )
-        self.dim = 1
+        self.dim = _rows("LogSoftmax", dim)
 
     def forward(self, x):
         x = as_input(self, x)
@@ -100,3 +276,12 @@ class LogSoftmax(Layer):
 
     def _settings(self):
         return f"dim={self.dim}"
+
+
+def _rows(layer, dim) -> int:
+    """1, the only axis there is, given as 1 or -1."""
+    if isinstance(dim, bool) or dim not in (1, -1):
+        raise ValueError(
+            f"{layer}: dim={dim!r}, but only dim=1 is there, over rows of (N, F)"
+        )
+    return 1

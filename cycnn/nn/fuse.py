@@ -18,12 +18,24 @@ from ..ops.forward_plan import FEW_CHANNELS
 from ..ops.fused import ConvBlock, Gather
 from ..precision import get_precision
 from ..tensor import empty
-from .activation import LogSoftmax, ReLU, Sigmoid
+from .activation import (
+    GELU,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Tanh,
+)
 from .conv import Conv2d
+from .dropout import Dropout
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
-from .pooling import MaxPool2d
+from .normalisation import BatchNorm2d, LayerNorm
+from .parameter import Parameter
+from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
 from .sequential import Sequential
 
@@ -42,8 +54,8 @@ def fuse(model) -> Layer:
         For a Sequential, its layers with these runs replaced: Conv2d (of one group,
         without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
         padding), the last two if they are there; two of these, the first of few input
-        channels; Linear and ReLU. Any other model comes back unchanged, a Sequential
-        with a forward of its own among them.
+        channels; BatchNorm2d and ReLU; Linear and ReLU. Any other model comes back
+        unchanged, a Sequential with a forward of its own among them.
 
     Notes
     -----
@@ -58,7 +70,7 @@ def fuse(model) -> Layer:
     layers = _flat(model)
     result = []
     while layers:
-        run = _conv_run(layers) or _linear_run(layers)
+        run = _conv_run(layers) or _norm_run(layers) or _linear_run(layers)
         if run is None:
             result.append(layers.pop(0))
             continue
@@ -104,6 +116,12 @@ def _is_pair(first, second) -> bool:
     return first[1] <= FEW_CHANNELS and first[0] == second[1]
 
 
+def _norm_run(layers):
+    if [type(layer) for layer in layers[:2]] == [BatchNorm2d, ReLU]:
+        return FusedBatchNorm2d(layers[:2])
+    return None
+
+
 def _linear_run(layers):
     if type(layers[0]) is not Linear:
         return None
@@ -124,8 +142,8 @@ class FusedSequential(Sequential):
             max(len(layers) - 1, 0),
         )
 
-    def _walk(self, prefix=""):
-        return self._original._walk(prefix)
+    def _walk(self, prefix="", kind=Parameter):
+        return self._original._walk(prefix, kind)
 
     def forward(self, x):
         """As of a Sequential, which also takes a :class:`~cycnn.ops.fused.Gather`."""
@@ -153,8 +171,8 @@ class _Run(Layer):
     def __init__(self, parts):
         self.parts = parts
 
-    def _walk(self, prefix=""):
-        return [found for part in self.parts for found in part._walk(prefix)]
+    def _walk(self, prefix="", kind=Parameter):
+        return [found for part in self.parts for found in part._walk(prefix, kind)]
 
     def _children(self):
         return [(str(i), part) for i, part in enumerate(self.parts)]
@@ -496,6 +514,23 @@ class FusedConvPair(_Run):
     def _forget(self):
         for run in self._runs:
             run._forget()
+
+
+class FusedBatchNorm2d(_Run):
+    """y = relu(batch_norm(x)), on every device; ReLU takes no pass of its own.
+
+    The layer remembers its input, out of which backward finds where y was positive.
+    """
+
+    def forward(self, x):
+        x = x.made() if isinstance(x, Gather) else x
+        return self.parts[0]._normalised(x, relu=True)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        return self.parts[0].backward(dy, input_grad, accumulate)
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False):
+        return []  # they are compiled with the package
 
 
 class FusedLinear(_Run):
@@ -856,6 +891,13 @@ def forward_kernels(layers, x_shape, machine, precision) -> list:
     return list(dict.fromkeys(found))
 
 
+# layers whose output has the shape of their input
+_OF_SAME_SHAPE = (
+    BatchNorm2d, Dropout, GELU, LayerNorm, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU,
+    Softmax, Tanh,
+)  # fmt: skip
+
+
 def _output_shape(layer, shape):
     """The shape of a layer's output; None where it is not one of the library's own."""
     kind = type(layer)
@@ -874,13 +916,15 @@ def _output_shape(layer, shape):
         )
     if kind is Linear:
         return shapes.linear_output_shape(shape, layer.weight.shape)
-    if kind is MaxPool2d:
+    if kind in (MaxPool2d, AvgPool2d):
         return shapes.pool2d_output_shape(
             shape, layer.kernel_size, layer.stride, layer.padding
         )
+    if kind is AdaptiveAvgPool2d:
+        return shapes.global_pool2d_output_shape(shape)
     if kind is Flatten:
         return shape[0], math.prod(shape[1:])
-    return shape if kind in (ReLU, Sigmoid, LogSoftmax) else None
+    return shape if kind in _OF_SAME_SHAPE else None
 
 
 def _is_head(layers) -> bool:

@@ -17,6 +17,7 @@ from ..devices import device as as_device
 from ..errors import ShapeError
 from ..tensor import Tensor
 from . import weights
+from .buffer import Buffer
 from .parameter import Parameter, pack
 
 _FLOAT32 = np.dtype("float32")
@@ -26,8 +27,8 @@ class Layer:
     """Something with a forward and a backward.
 
     To write a layer of your own, derive from this class, keep each
-    :class:`Parameter` and each inner layer in a public attribute (names that begin
-    with an underscore are not looked at), and define
+    :class:`Parameter`, each :class:`Buffer` and each inner layer in a public attribute
+    (names that begin with an underscore are not looked at), and define
 
     - ``forward(x)``: returns the output; remembers in ``self._saved`` what
       ``backward`` needs;
@@ -106,14 +107,15 @@ class Layer:
             if isinstance(value, Layer) and not name.startswith("_")
         ]
 
-    def _walk(self, prefix=""):
+    def _walk(self, prefix="", kind=Parameter):
+        """``(path, value)`` of what is of a class or several, in PyTorch's order."""
         found = [
             (prefix + name, value)
             for name, value in vars(self).items()
-            if isinstance(value, Parameter) and not name.startswith("_")
+            if isinstance(value, kind) and not name.startswith("_")
         ]
         for name, child in self._children():
-            found += child._walk(f"{prefix}{name}.")
+            found += child._walk(f"{prefix}{name}.", kind)
         return found
 
     def _descendants(self):
@@ -150,6 +152,19 @@ class Layer:
         """The parameters, in the order of :meth:`state_dict`."""
         return [parameter for _, parameter in self.named_parameters()]
 
+    def named_buffers(self) -> list:
+        """``(name, Buffer)`` of all layers, in PyTorch's order and with its names."""
+        return self._walk(kind=Buffer)
+
+    def _named_state(self) -> list:
+        """``(name, Parameter or Buffer)`` of what :meth:`state_dict` holds."""
+        self.named_parameters()  # refuses what is shared
+        return [
+            (name, value)
+            for name, value in self._walk(kind=(Parameter, Buffer))
+            if isinstance(value, Parameter) or value.persistent
+        ]
+
     def pack(self, device=None) -> None:
         """Put the parameters side by side in one slab; see :mod:`cycnn.nn.parameter`.
 
@@ -165,16 +180,17 @@ class Layer:
 
     @property
     def device(self):
-        """The device of the parameters; without any, where arrays are converted to."""
-        for _, parameter in self._walk():
-            return parameter.device
+        """The device of parameters and buffers; without any, that of arrays' copies."""
+        for _, value in self._walk(kind=(Parameter, Buffer)):
+            return value.device
         return default_device() if self._device is None else self._device
 
     def to(self, device):
         """Move the layer to a device, in place; returns the layer.
 
-        Parameters and gradients keep their values. What a forward remembered is
-        dropped. An optimizer that has the parameters moves its state at its next step.
+        Parameters, gradients and buffers keep their values. What a forward remembered
+        is dropped. An optimizer that has the parameters moves its state at its next
+        step.
 
         Raises
         ------
@@ -184,6 +200,8 @@ class Layer:
         device = as_device(device)
         moves = device != self.device
         self.pack(device)
+        for _, buffer in self.named_buffers():
+            buffer.move(device)
         for _, layer in [("", self), *self._descendants()]:
             layer._device = device
             layer._saved = None
@@ -194,8 +212,9 @@ class Layer:
     def train(self, mode=True):
         """Set ``training`` here and in all layers below; returns the layer.
 
-        No layer of this version computes differently, and ``backward`` works in
-        either mode; layers of your own may look at ``self.training``.
+        :class:`~cycnn.nn.BatchNorm2d` and :class:`~cycnn.nn.Dropout` compute
+        differently; ``backward`` works in either mode. Layers of your own may look at
+        ``self.training``.
         """
         self.training = bool(mode)
         for _, layer in self._descendants():
@@ -209,16 +228,19 @@ class Layer:
     # weights
 
     def state_dict(self) -> dict:
-        """Copies of the parameters: ``{name: float32 ndarray}``."""
-        return {name: p.data.numpy() for name, p in self.named_parameters()}
+        """Copies of parameters and buffers: ``{name: ndarray}``.
+
+        float32, but int32 for a count such as BatchNorm2d's ``num_batches_tracked``.
+        """
+        return {name: value.data.numpy() for name, value in self._named_state()}
 
     def load_state_dict(self, state) -> None:
-        """Overwrite the parameters.
+        """Overwrite parameters and buffers.
 
         Parameters
         ----------
         state : mapping of str to array_like or Tensor
-            As :meth:`state_dict` gives it. float16 and float64 are converted.
+            As :meth:`state_dict` gives it. float16, float64 and int64 are converted.
 
         Raises
         ------
@@ -226,12 +248,12 @@ class Layer:
             If a name is missing or unknown, a shape differs, or numbers are not
             floating-point. The message names the first difference; nothing is written.
         """
-        named = self.named_parameters()
+        named = self._named_state()
         known = {name for name, _ in named}
-        for name, _ in named:
+        for name, value in named:
             if name not in state:
                 raise ValueError(
-                    f"parameter {name} is missing: the model has "
+                    f"{_kind(value)} {name} is missing: the model has "
                     f"{_listed(n for n, _ in named)}, given are {_listed(state)}"
                 )
         for name in state:
@@ -240,33 +262,22 @@ class Layer:
                     f"the model has no parameter {name}: it has "
                     f"{_listed(n for n, _ in named)}"
                 )
-        arrays = []
-        for name, parameter in named:
-            value = state[name]
-            array = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
-            if array.shape != parameter.shape:
-                raise ShapeError(
-                    f"parameter {name} has shape {parameter.shape}, "
-                    f"given is {array.shape}"
-                )
-            if array.dtype.kind != "f":
-                raise TypeError(
-                    f"parameter {name} is float32, given is {array.dtype}, which is "
-                    f"not a floating-point type"
-                )
-            arrays.append(array)
-        for (_, parameter), array in zip(named, arrays):
-            parameter.data.copy_(array)
+        arrays = [
+            _matching(f"{_kind(value)} {name}", value, state[name])
+            for name, value in named
+        ]
+        for (_, value), array in zip(named, arrays):
+            value.data.copy_(array)
 
     def save(self, path) -> None:
-        """Write the parameters to a safetensors file, which PyTorch users can read.
+        """Write parameters and buffers to a safetensors file, as PyTorch users read it.
 
         The file appears whole or not at all.
         """
         weights.write(path, self.state_dict())
 
     def load(self, path) -> None:
-        """Read parameters that :meth:`save`, or another library, wrote.
+        """Read parameters and buffers that :meth:`save`, or another library, wrote.
 
         Raises
         ------
@@ -409,6 +420,31 @@ def as_floats(layer, x, what) -> np.ndarray:
             f"{layer!r}: the {what} holds {array.dtype}, expected floating-point "
             f"numbers; convert (and scale) it first, for instance "
             f"x.astype('float32') / 255"
+        )
+    return array
+
+
+def _kind(value) -> str:
+    return "parameter" if isinstance(value, Parameter) else "buffer"
+
+
+def _matching(what, value, given) -> np.ndarray:
+    """``given`` as an array that a Parameter or Buffer can be overwritten with."""
+    array = given.numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if array.shape != value.shape:
+        raise ShapeError(f"{what} has shape {value.shape}, given is {array.shape}")
+    if value.data.dtype != _FLOAT32:
+        if array.dtype.kind not in "iu":
+            raise TypeError(
+                f"{what} is {value.data.dtype}, given is {array.dtype}, which is not "
+                f"an integer type"
+            )
+        # numbers that do not fit are refused here, before anything is written
+        return Tensor(array, "cpu").numpy()
+    if array.dtype.kind != "f":
+        raise TypeError(
+            f"{what} is float32, given is {array.dtype}, which is not a floating-point "
+            f"type"
         )
     return array
 

@@ -1,14 +1,38 @@
-"""Max pooling."""
+"""Max pooling and average pooling."""
 
 from __future__ import annotations
 
 from ..errors import ShapeError
 from ..ops import for_device
-from .arguments import pair_from
+from .arguments import flag, pair_from
 from .layer import Layer, as_gradient, as_input
 
 
-class MaxPool2d(Layer):
+class _Pool2d(Layer):
+    """The windows of a pooling layer."""
+
+    def __init__(self, kernel_size, stride=None, padding=0):
+        what = type(self).__name__
+        self.kernel_size = pair_from(1, kernel_size, what, "kernel_size")
+        stride = self.kernel_size if stride is None else stride
+        self.stride = pair_from(1, stride, what, "stride")
+        self.padding = pair_from(0, padding, what, "padding")
+        if any(2 * p > k for p, k in zip(self.padding, self.kernel_size)):
+            raise ShapeError(
+                f"{what}: padding={self.padding} is more than half of "
+                f"kernel_size={self.kernel_size}: some windows would see no number"
+            )
+
+    def _settings(self):
+        text = f"kernel_size={self.kernel_size}"
+        if self.stride != self.kernel_size:
+            text += f", stride={self.stride}"
+        if self.padding != (0, 0):
+            text += f", padding={self.padding}"
+        return text
+
+
+class MaxPool2d(_Pool2d):
     """The largest number of each window.
 
     Parameters
@@ -30,18 +54,6 @@ class MaxPool2d(Layer):
     numbers the first in reading order is the maximum, and a NaN is larger than any
     number, so that it is not swallowed.
     """
-
-    def __init__(self, kernel_size, stride=None, padding=0):
-        what = type(self).__name__
-        self.kernel_size = pair_from(1, kernel_size, what, "kernel_size")
-        stride = self.kernel_size if stride is None else stride
-        self.stride = pair_from(1, stride, what, "stride")
-        self.padding = pair_from(0, padding, what, "padding")
-        if any(2 * p > k for p, k in zip(self.padding, self.kernel_size)):
-            raise ShapeError(
-                f"{what}: padding={self.padding} is more than half of "
-                f"kernel_size={self.kernel_size}: some windows would see no number"
-            )
 
     def forward(self, x):
         x = as_input(self, x)
@@ -78,10 +90,113 @@ class MaxPool2d(Layer):
         self._saved = None
         return dx
 
+
+class AvgPool2d(_Pool2d):
+    """The mean of each window.
+
+    Parameters
+    ----------
+    kernel_size : int or (int, int)
+        R and S.
+    stride : None, int or (int, int)
+        Step between windows; None is the size of the window.
+    padding : int or (int, int)
+        Rows and columns of zeros on each side; at most half the window.
+    count_include_pad : bool
+        Whether the zeros of the padding count in the mean. If not, a window at the edge
+        is the mean of the numbers of the image that it sees.
+
+    Notes
+    -----
+    Shapes: (N, C, H, W) -> (N, C, P, Q) with
+    P = floor((H + 2 padding - R) / stride) + 1, Q likewise.
+
+    Formula: y[n,c,p,q] = (sum over r < R, t < S of x[n, c, s p + r, s q + t]) / count,
+    where count = R S, or the number of terms that are not padding.
+    """
+
+    def __init__(self, kernel_size, stride=None, padding=0, *, count_include_pad=True):
+        super().__init__(kernel_size, stride, padding)
+        what = type(self).__name__
+        self.count_include_pad = flag(count_include_pad, what, "count_include_pad")
+
+    def forward(self, x):
+        x = as_input(self, x)
+        try:
+            y = for_device(x.device).avgpool2d_forward(
+                x, self.kernel_size, self.stride, self.padding, self.count_include_pad
+            )
+        except ShapeError as error:
+            raise ShapeError(f"{self!r}: {error}") from None
+        self._saved = (x.shape, y.shape, x.device)
+        return y
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """A number enters each window that holds it with the factor 1 / count::
+
+        dx[n,c,h,v] = sum of dy[n,c,p,q] / count[p,q] over the windows with (h,v)
+        """
+        x_shape, y_shape, device = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(device).avgpool2d_backward(
+                as_gradient(self, dy, y_shape, device),
+                x_shape,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.count_include_pad,
+            )
+        self._saved = None
+        return dx
+
     def _settings(self):
-        text = f"kernel_size={self.kernel_size}"
-        if self.stride != self.kernel_size:
-            text += f", stride={self.stride}"
-        if self.padding != (0, 0):
-            text += f", padding={self.padding}"
-        return text
+        text = super()._settings()
+        return text if self.count_include_pad else text + ", count_include_pad=False"
+
+
+class AdaptiveAvgPool2d(Layer):
+    """The mean of each plane: global average pooling.
+
+    Parameters
+    ----------
+    output_size : int or (int, int)
+        Only 1: one number of each channel, whatever the size of the image.
+
+    Notes
+    -----
+    Shapes: (N, C, H, W) -> (N, C, 1, 1); :class:`Flatten` makes (N, C) of it.
+
+    Formula: y[n,c] = (sum over h, v of x[n,c,h,v]) / (H W).
+    """
+
+    def __init__(self, output_size=1):
+        if pair_from(1, output_size, "AdaptiveAvgPool2d", "output_size") != (1, 1):
+            raise ShapeError(
+                f"AdaptiveAvgPool2d: output_size={output_size!r}, but only 1 is there, "
+                f"the mean of the whole plane; for other sizes use AvgPool2d"
+            )
+        self.output_size = (1, 1)
+
+    def forward(self, x):
+        x = as_input(self, x)
+        try:
+            y = for_device(x.device).global_avgpool2d_forward(x)
+        except ShapeError as error:
+            raise ShapeError(f"{self!r}: {error}") from None
+        self._saved = (x.shape, y.shape, x.device)
+        return y
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx[n,c,h,v] = dy[n,c] / (H W), the factor of each number in the mean."""
+        x_shape, y_shape, device = self._remembered()
+        dx = None
+        if input_grad:
+            dx = for_device(device).global_avgpool2d_backward(
+                as_gradient(self, dy, y_shape, device), x_shape
+            )
+        self._saved = None
+        return dx
+
+    def _settings(self):
+        return "output_size=1"

@@ -50,6 +50,11 @@ class Sequential(Layer):
                 )
             seen[id(layer)] = path
         self.pack()
+        self._replace(layers)
+
+    def _replace(self, layers) -> None:
+        """Be made of these layers from now on."""
+        self._layers = tuple(layers)
         # The gradients in front of the first parameter are of use only for the input.
         self._first = next(
             (i for i, layer in enumerate(layers) if layer._walk()),

@@ -9,65 +9,40 @@ any number of them.
 
 from __future__ import annotations
 
-import importlib
-import os
-
 import numpy as np
 
 from .. import shapes
 from ..tensor import Tensor, from_array
 from . import reference
-
-
-def _with_threads_that_sleep(name):
-    """Import a module, the first that needs GNU's OpenMP, whose threads soon sleep.
-
-    When there is nothing to do they spin, by default for so long that two programs on
-    the same cores take three times as long as one after the other. How long is read
-    from the environment, once. Alone, a program is as fast either way.
-    """
-    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if chosen:
-        return importlib.import_module(name, __package__)
-    os.environ["GOMP_SPINCOUNT"] = "1000"
-    try:
-        return importlib.import_module(name, __package__)
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
-
-
-_cpu = _with_threads_that_sleep("._cpu")
-
-_FLOAT32, _INT32, _UINT8 = (np.dtype(name) for name in ("float32", "int32", "uint8"))
-
-
-def _array(name: str, x, dtype=_FLOAT32) -> np.ndarray:
-    """The array behind a tensor, on the CPU and of ``dtype`` (None: of any)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} is a {type(x).__name__}: expected a Tensor; cycnn.Tensor({name}, "
-            f"'cpu') makes one"
-        )
-    if x.device.is_cuda:
-        raise TypeError(
-            f"{name} is on {x.device}, the other tensors are on the CPU: move it with "
-            f".to('cpu'), or them with .to('{x.device}')"
-        )
-    if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{name} is {x.dtype}: expected {dtype}")
-    return x.array
-
-
-def _optional(name: str, x):
-    return None if x is None else _array(name, x)
-
-
-def _flat(array):
-    return None if array is None else array.reshape(-1)
-
-
-def _shape(array):
-    return None if array is None else array.shape
+from .cpu_activation import (  # noqa: F401
+    gelu_backward,
+    gelu_forward,
+    leaky_relu_backward,
+    leaky_relu_forward,
+    silu_backward,
+    silu_forward,
+    softmax_backward,
+    softmax_forward,
+    tanh_backward,
+    tanh_forward,
+)
+from .cpu_batch_norm import (  # noqa: F401
+    batch_norm2d_backward,
+    batch_norm2d_forward,
+    batch_norm2d_inference,
+)
+from .cpu_common import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat, _optional, _shape
+from .cpu_dropout import dropout_backward, dropout_forward  # noqa: F401
+from .cpu_layer_norm import (  # noqa: F401
+    layer_norm_backward,
+    layer_norm_forward,
+)
+from .cpu_pooling import (  # noqa: F401
+    avgpool2d_backward,
+    avgpool2d_forward,
+    global_avgpool2d_backward,
+    global_avgpool2d_forward,
+)
 
 
 def _labels(name: str, scores, labels) -> tuple:

@@ -13,54 +13,61 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
-
 from .. import shapes
 from ..devices import device as as_device
 from ..errors import ShapeError
-from ..gpu import device as gpu_device
 from ..gpu.launch import Kernel
 from ..precision import get_precision
 from ..shapes import ceil_div
 from ..tensor import empty_on_gpu
+from .cuda_activation import (  # noqa: F401
+    gelu_backward,
+    gelu_forward,
+    leaky_relu_backward,
+    leaky_relu_forward,
+    silu_backward,
+    silu_forward,
+    softmax_backward,
+    softmax_forward,
+    tanh_backward,
+    tanh_forward,
+)
+from .cuda_batch_norm import (  # noqa: F401
+    batch_norm2d_backward,
+    batch_norm2d_forward,
+    batch_norm2d_inference,
+)
+from .cuda_common import (
+    _BLOCK,
+    _FLOAT32,
+    _INT32,
+    _INT32_MAX,
+    _MAX_GRID,
+    _UINT8,
+    _WIDE,
+    _get,
+    _images,
+    _int32,
+    _map,
+    _map_backward,
+    _of_rows,
+    _strided,
+    _vectors,
+)
+from .cuda_dropout import dropout_backward, dropout_forward  # noqa: F401
+from .cuda_layer_norm import (  # noqa: F401
+    layer_norm_backward,
+    layer_norm_forward,
+)
+from .cuda_pooling import (  # noqa: F401
+    avgpool2d_backward,
+    avgpool2d_forward,
+    global_avgpool2d_backward,
+    global_avgpool2d_forward,
+)
 
-_FLOAT32, _INT32, _UINT8 = map(np.dtype, ("float32", "int32", "uint8"))
-
-_BLOCK = 256
-_MAX_GRID = 65535  # of the second and third axis; more work is looped over
-_INT32_MAX = 2**31 - 1
 _COLUMN_BYTES = 256 << 20  # a convolution unrolls as many images at once as fit
-_WIDE = 2048  # features from which on a row is a block's work, not a warp's
 _PARTIAL = 8192  # numbers that one block sums
-
-_get = gpu_device.get
-
-
-def _int32(name, tensor):
-    if tensor.dtype != _INT32:
-        raise TypeError(f"{name} has dtype {tensor.dtype}: expected int32")
-
-
-def _strided(count):
-    """Grid of a kernel that strides over ``count`` elements."""
-    return min(ceil_div(count, _BLOCK), _MAX_GRID)
-
-
-def _vectors(count):
-    """The same where a thread takes four elements at a time."""
-    return min(ceil_div(count, 4 * _BLOCK), _MAX_GRID)
-
-
-@lru_cache(256)
-def _images(n, elements):
-    """Grid over the elements of an image and over images."""
-    if elements > _INT32_MAX:
-        raise ShapeError(
-            f"an image of {elements} elements is too large: the GPU's kernels number "
-            f"at most {_INT32_MAX}"
-        )
-    return ceil_div(elements, _BLOCK), min(n, _MAX_GRID)
-
 
 # elementwise
 
@@ -106,24 +113,6 @@ def add(x, y, out):
     n = x.size
     if n:
         _add(_get(x.device.index).compute, _vectors(n), _BLOCK, out, x, y, n)
-
-
-def _map(kernel, x):
-    device, n = x.device, x.size
-    y = empty_on_gpu(x.shape, _FLOAT32, device)
-    if n:
-        kernel(_get(device.index).compute, _vectors(n), _BLOCK, y, x, n)
-    return y
-
-
-def _map_backward(kernel, dy, y):
-    if dy.shape != y.shape:
-        shapes.check_same(y=y.shape, dy=dy.shape)
-    device, n = dy.device, dy.size
-    dx = empty_on_gpu(dy.shape, _FLOAT32, device)
-    if n:
-        kernel(_get(device.index).compute, _vectors(n), _BLOCK, dx, dy, y, n)
-    return dx
 
 
 def relu_forward(x):
@@ -664,11 +653,6 @@ _log_softmax_backward = (
 _nll_loss_forward = Kernel("softmax", "nll_loss_forward", "PPPii")
 _nll_loss_backward = Kernel("softmax", "nll_loss_backward", "PPii")
 _cross_entropy_backward = Kernel("softmax", "cross_entropy_backward", "PPPii")
-
-
-def _of_rows(n):
-    """Grid of a kernel with a warp a row."""
-    return ceil_div(n, _BLOCK // 32)
 
 
 def log_softmax_forward(x):

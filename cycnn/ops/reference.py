@@ -14,17 +14,35 @@ import numpy as np
 
 from .. import shapes
 from ..errors import DataError
-
-
-def _f64(x):
-    return np.asarray(x, np.float64)
-
-
-def _write(out, value, accumulate):
-    if accumulate:
-        out += value
-    else:
-        out[...] = value
+from .reference_activation import (  # noqa: F401
+    gelu_backward,
+    gelu_forward,
+    leaky_relu_backward,
+    leaky_relu_forward,
+    silu_backward,
+    silu_forward,
+    softmax_backward,
+    softmax_forward,
+    tanh_backward,
+    tanh_forward,
+)
+from .reference_batch_norm import (  # noqa: F401
+    batch_norm2d_backward,
+    batch_norm2d_forward,
+    batch_norm2d_inference,
+)
+from .reference_common import _f64, _write
+from .reference_dropout import dropout_backward, dropout_forward  # noqa: F401
+from .reference_layer_norm import (  # noqa: F401
+    layer_norm_backward,
+    layer_norm_forward,
+)
+from .reference_pooling import (  # noqa: F401
+    avgpool2d_backward,
+    avgpool2d_forward,
+    global_avgpool2d_backward,
+    global_avgpool2d_forward,
+)
 
 
 def check_label_range(labels: np.ndarray, classes: int) -> None:

@@ -1,6 +1,7 @@
 """A run in one file: safetensors, with everything that is no tensor as JSON.
 
-    model.<name>        parameters
+    model.<name>        parameters and buffers, as in the state_dict
+    buffer.<name>       buffers that are not in it: the state of random numbers
     optimizer.<name>    tensors of the optimizer's state
     metadata "cycnn"    JSON: format version, schedule, the optimizer's numbers, the run
     metadata "sha256"   digest of all of that, since safetensors checks sizes only
@@ -29,6 +30,8 @@ _FORMAT = 1
 def save(path, model, optimizer, schedule, run: dict) -> None:
     """Write a checkpoint; ``run`` is anything that JSON can hold."""
     tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
+    for name, buffer in _apart(model).items():
+        tensors[f"buffer.{name}"] = buffer.data.numpy()
     numbers = {}
     for name, value in optimizer.state_dict().items():
         if isinstance(value, np.ndarray):
@@ -70,12 +73,15 @@ def load(path, model, optimizer, schedule) -> dict:
     if saved != given:
         raise DataError(f"{path} was made with the schedule {saved}, this is {given}")
     _check_run(path, content["run"])
-    parameters, state = {}, dict(content["optimizer"])
+    parameters, buffers, state = {}, {}, dict(content["optimizer"])
+    parts = {"model": parameters, "buffer": buffers, "optimizer": state}
     for name, array in tensors.items():
         part, _, rest = name.partition(".")
-        if part not in ("model", "optimizer") or rest in content["optimizer"]:
+        if part not in parts or rest in content["optimizer"]:
             raise DataError(f"{path} holds {name}, which no checkpoint has")
-        (parameters if part == "model" else state)[rest] = array
+        parts[part][rest] = array
+    own = _apart(model)
+    _check_buffers(path, own, buffers)
     before = model.state_dict()
     try:
         # Each of the two checks everything before it writes anything.
@@ -87,7 +93,28 @@ def load(path, model, optimizer, schedule) -> dict:
         if isinstance(error, (ValueError, TypeError, OverflowError)):
             raise DataError(f"{path} is of another run: {error}") from error
         raise
+    for name, buffer in own.items():
+        buffer.data.copy_(buffers[name])
     return content["run"]
+
+
+def _apart(model) -> dict:
+    """``{name: Buffer}`` of the buffers that the model's state_dict leaves out."""
+    return {name: b for name, b in model.named_buffers() if not b.persistent}
+
+
+def _check_buffers(path, own, given) -> None:
+    """The buffers of a file are those of the model."""
+    for name in sorted(own.keys() | given.keys()):
+        if name not in given or name not in own:
+            where = "this model" if name in own else "the file"
+            raise DataError(f"{path} is of another run: only {where} has {name}")
+        wanted, found = own[name].data, given[name]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise DataError(
+                f"{path} is of another run: {name} is {found.dtype} of shape "
+                f"{found.shape}, in this model {wanted.dtype} of shape {wanted.shape}"
+            )
 
 
 def schedule_name(schedule) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from .. import random, shapes
 from ..data import ArrayDataset, DataLoader
 from ..errors import DataError, ShapeError
-from ..nn import LogSoftmax, Predictor, Sequential
+from ..nn import LogSoftmax, Predictor, Sequential, Softmax
 from ..nn.inference import BATCH, turn
 from ..ops import for_device
 from ..tensor import Tensor, zeros
@@ -494,8 +494,8 @@ class Trainer:
     def predict_proba(self, images) -> np.ndarray:
         """The probability of each class for each image: float32, shape (N, classes).
 
-        These are the exponentials of the output of a model that ends in LogSoftmax,
-        and the softmax of the output of any other.
+        These are the output of a model that ends in Softmax, the exponentials of that
+        of one that ends in LogSoftmax, and the softmax of that of any other.
 
         Parameters
         ----------
@@ -505,6 +505,9 @@ class Trainer:
         device, is_log = self.model.device, _ends_in_log_softmax(self.model)
         parts = []
         for scores in self._outputs(images):
+            if isinstance(_last_layer(self.model), Softmax):
+                parts.append(np.array(scores))
+                continue
             if not is_log:
                 scores = for_device(device).log_softmax_forward(Tensor(scores, device))
             parts.append(np.exp(np.asarray(scores)))
@@ -604,6 +607,10 @@ def _notify(callbacks, event, *args):
 
 
 def _ends_in_log_softmax(model) -> bool:
+    return isinstance(_last_layer(model), LogSoftmax)
+
+
+def _last_layer(model):
     while isinstance(model, Sequential) and len(model):
         model = model[-1]
-    return isinstance(model, LogSoftmax)
+    return model

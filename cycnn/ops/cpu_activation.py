@@ -1,0 +1,89 @@
+"""Activation functions on the CPU, as of :mod:`cycnn.ops.cpu`."""
+
+from __future__ import annotations
+
+from .. import shapes
+from ..tensor import from_array
+from .cpu_common import _FLOAT32, _array, _cpu, _flat
+
+# after _cpu, which sets how the threads wait
+from . import _cpu_activation as _loops  # isort: skip
+
+
+def _map(loop, x, *settings):
+    x = _array("x", x)
+    y = _cpu.empty(x.shape, _FLOAT32)
+    if x.size:
+        loop(_flat(x), _flat(y), *settings)
+    return from_array(y)
+
+
+def _map_backward(loop, dy, name, seen, *settings):
+    """``seen``, called ``name``, is what the derivative is computed of."""
+    dy, seen = _array("dy", dy), _array(name, seen)
+    shapes.check_same(**{name: seen.shape}, dy=dy.shape)
+    dx = _cpu.empty(seen.shape, _FLOAT32)
+    if seen.size:
+        loop(_flat(dy), _flat(seen), _flat(dx), *settings)
+    return from_array(dx)
+
+
+def tanh_forward(x):
+    """y = tanh(x)."""
+    return _map(_loops.tanh, x)
+
+
+def tanh_backward(dy, y):
+    """dx = dy (1 - y^2)."""
+    return _map_backward(_loops.tanh_gradient, dy, "y", y)
+
+
+def leaky_relu_forward(x, negative_slope):
+    """y = x where x > 0, else negative_slope x."""
+    return _map(_loops.leaky_relu, x, negative_slope)
+
+
+def leaky_relu_backward(dy, x, negative_slope):
+    """dx = dy where x > 0, else negative_slope dy."""
+    return _map_backward(_loops.leaky_relu_gradient, dy, "x", x, negative_slope)
+
+
+def gelu_forward(x, approximate):
+    """y = x Phi(x); approximate is "none" or "tanh"."""
+    return _map(_loops.gelu, x, approximate == "tanh")
+
+
+def gelu_backward(dy, x, approximate):
+    """dx = dy (Phi(x) + x Phi'(x))."""
+    return _map_backward(_loops.gelu_gradient, dy, "x", x, approximate == "tanh")
+
+
+def silu_forward(x):
+    """y = x / (1 + exp(-x))."""
+    return _map(_loops.silu, x)
+
+
+def silu_backward(dy, x):
+    """dx = dy (s + x s (1 - s)), s = 1 / (1 + exp(-x))."""
+    return _map_backward(_loops.silu_gradient, dy, "x", x)
+
+
+def softmax_forward(x):
+    """y (N, F) = exp(x) / sum_f exp(x)."""
+    x = _array("x", x)
+    n, f = shapes.check_scores("x", x.shape)
+    y = _cpu.empty(x.shape, _FLOAT32)
+    if n:
+        _loops.softmax(_flat(x), _flat(y), n, f)
+    return from_array(y)
+
+
+def softmax_backward(dy, y):
+    """dx (N, F) = y (dy - sum_f dy y)."""
+    dy, y = _array("dy", dy), _array("y", y)
+    n, f = shapes.check_scores("y", y.shape)
+    shapes.check_same(y=y.shape, dy=dy.shape)
+    dx = _cpu.empty(y.shape, _FLOAT32)
+    if n:
+        _loops.softmax_gradient(_flat(dy), _flat(y), _flat(dx), n, f)
+    return from_array(dx)
