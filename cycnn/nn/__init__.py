@@ -8,6 +8,7 @@ from .inference import Predictor
 from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
+from .loss_regression import BCEWithLogitsLoss, L1Loss, MSELoss, SmoothL1Loss
 from .networks import reference_network
 from .parameter import Parameter
 from .pooling import MaxPool2d
@@ -15,12 +16,15 @@ from .reshape import Flatten
 from .sequential import Sequential
 
 __all__ = [
+    "BCEWithLogitsLoss",
     "Conv2d",
     "CrossEntropyLoss",
     "Flatten",
+    "L1Loss",
     "Layer",
     "Linear",
     "LogSoftmax",
+    "MSELoss",
     "MaxPool2d",
     "NLLLoss",
     "Objective",
@@ -29,6 +33,7 @@ __all__ = [
     "ReLU",
     "Sequential",
     "Sigmoid",
+    "SmoothL1Loss",
     "fuse",
     "init",
     "reference_network",

@@ -23,6 +23,18 @@ from ..gpu.launch import Kernel
 from ..precision import get_precision
 from ..shapes import ceil_div
 from ..tensor import empty_on_gpu
+from .cuda_loss import (  # noqa: F401
+    bce_with_logits_backward,
+    bce_with_logits_forward,
+    mse_loss_backward,
+    mse_loss_forward,
+    smooth_l1_loss_backward,
+    smooth_l1_loss_forward,
+    weighted_cross_entropy_backward,
+    weighted_cross_entropy_forward,
+    weighted_nll_loss_backward,
+    weighted_nll_loss_forward,
+)
 
 _FLOAT32, _INT32, _UINT8 = map(np.dtype, ("float32", "int32", "uint8"))
 

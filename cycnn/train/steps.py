@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..data.loader import gather_targets
 from ..data.window import Window
 from ..nn import Objective
 from ..ops import Feed, for_device, fused
@@ -165,11 +166,16 @@ class CapturedSteps(Steps):
         # a set that does not fit streams through a window, in the order of the epoch
         self.window = Window(loader) if loader.resident() is None else None
         self.held = self.window or loader.resident()
-        self.gather = loader.dataset.images.dtype == np.uint8
+        dataset = loader.dataset
+        # images that are their own targets have to be there for the loss, too
+        self.made = not dataset.has_classes and dataset.own_images
+        self.gather = dataset.images.dtype == np.uint8 and not self.made
+        order = empty(len(dataset), "int32", device)
         self.feed = Feed(
-            order=empty(len(loader.dataset), "int32", device),
+            order=order,
             position=empty(2, "int32", device),
-            classes=self.held.labels,
+            # numbers are gathered by the step: any ints of this length do for labels
+            classes=self.held.labels if dataset.has_classes else order,
             index=empty(loader.batch_size, "int32", device),
             labels=empty(loader.batch_size, "int32", device),
             rates=None,
@@ -278,7 +284,14 @@ class CapturedSteps(Steps):
             dataset.scale,
             dataset.shift,
         )
-        self._train(images, feed.labels[:count], update, recording, feed)
+        if self.made:
+            images = images.made()
+        labels = feed.labels[:count]
+        if not dataset.has_classes:
+            labels = gather_targets(
+                self.ops, dataset, self.held.labels, feed.index[:count], images
+            )
+        self._train(images, labels, update, recording, feed)
 
     def _signature(self):
         trainer = self.trainer

@@ -45,7 +45,10 @@ class Tally:
         device = loader.device
         self._ops = for_device(device)
         self._batch_size = loader.batch_size
-        self._classes = int(loader.dataset.labels.max(initial=-1)) + 1
+        # no classes: nothing is right or wrong, there is a loss alone
+        self._classes = None
+        if loader.dataset.has_classes:
+            self._classes = int(loader.dataset.labels.max(initial=-1)) + 1
         self._loss_sum = zeros((), device=device)
         self._rest = zeros((), device=device)
         self._hits = zeros((), "int32", device)
@@ -62,7 +65,7 @@ class Tally:
 
         The kernels of a GPU make such a loss NaN: they cannot raise.
         """
-        if scores.shape[-1] < self._classes:
+        if self._classes is not None and scores.shape[-1] < self._classes:
             raise DataError(
                 f"the data set has labels up to {self._classes - 1}, and the model gives "
                 f"{scores.shape[-1]} scores an image: it needs {self._classes}"
@@ -74,6 +77,11 @@ class Tally:
         """
         full = len(labels) == self._batch_size
         total = self._loss_sum if full else self._rest
+        if self._classes is None:
+            self._ops.add(total, losses, total)
+            if feed is not None:
+                self._ops.begin_step(feed)
+            return
         given = losses, scores, labels, total, self._hits
         if feed is None:
             self._ops.tally(*given)
@@ -88,14 +96,18 @@ class Tally:
             self._rest_count = images
 
     def read(self):
-        """Mean loss and share of hits so far. Waits for the device."""
+        """Mean loss and share of hits so far. Waits for the device.
+
+        The latter is None where there are no classes.
+        """
         count = self._full * self._batch_size + self._rest_count
+        classifies = self._classes is not None
         if not count:
-            return float("nan"), float("nan")
+            return float("nan"), float("nan") if classifies else None
         total = float(self._loss_sum) * self._batch_size
         if self._rest_count:
             total += float(self._rest) * self._rest_count
-        return total / count, int(self._hits) / count
+        return total / count, int(self._hits) / count if classifies else None
 
     def state(self) -> dict:
         """Everything, as numbers that JSON keeps exactly."""
@@ -153,16 +165,19 @@ class _InterruptGuard:
 
 
 class Trainer:
-    """Trains a classifier and says how good it is.
+    """Trains a classifier, or a model of numbers, and says how good it is.
 
     Parameters
     ----------
     model : nn.Layer
-        Maps images (N, C, H, W) to scores (N, classes). Training runs on the device
+        Maps images (N, C, H, W) to scores (N, classes), or to numbers of the shape of
+        a :class:`~cycnn.data.TargetDataset`'s targets. Training runs on the device
         that it is on.
-    loss : nn.NLLLoss or nn.CrossEntropyLoss
+    loss : nn.Loss
         Whatever fits the model's output: NLLLoss for a model that ends in LogSoftmax,
-        CrossEntropyLoss for one that ends in plain scores.
+        CrossEntropyLoss for one that ends in plain scores; for numbers MSELoss, L1Loss,
+        SmoothL1Loss or BCEWithLogitsLoss. The loss of an epoch is the mean of those of
+        its batches, weighted by their images.
     optimizer : optim.Optimizer
         Of the model's parameters. Its learning rate at this moment is the base that
         the schedule multiplies.
@@ -247,6 +262,7 @@ class Trainer:
         Parameters
         ----------
         train : data.ArrayDataset
+            Or a :class:`~cycnn.data.TargetDataset`, for a loss of numbers.
         epochs : int
             Epochs of the whole run; the schedule spans them all.
         batch_size : int
@@ -453,8 +469,8 @@ class Trainer:
         Returns
         -------
         dict
-            ``{"loss": float, "accuracy": float}``, accuracy from 0 to 1; NaN for an
-            empty set.
+            ``{"loss": float, "accuracy": float}``, accuracy from 0 to 1, or None for a
+            :class:`~cycnn.data.TargetDataset`; NaN for an empty set.
         """
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
