@@ -29,6 +29,16 @@ from .cpu_loss import (  # noqa: F401
     weighted_nll_loss_backward,
     weighted_nll_loss_forward,
 )
+from .cpu_optim import (  # noqa: F401
+    adagrad_step,
+    adam_step,
+    centered_rmsprop_step,
+    clip_by_norm,
+    damped_sgd_step,
+    ema_step,
+    square_sums,
+    swap,
+)
 
 
 def _with_threads_that_sleep(name):
@@ -49,6 +59,7 @@ def _with_threads_that_sleep(name):
 
 
 _cpu = _with_threads_that_sleep("._cpu")
+_cpu_optim = _with_threads_that_sleep("._cpu_optim")
 
 _FLOAT32, _INT32, _UINT8 = (np.dtype(name) for name in ("float32", "int32", "uint8"))
 

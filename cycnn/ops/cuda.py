@@ -35,6 +35,16 @@ from .cuda_loss import (  # noqa: F401
     weighted_nll_loss_backward,
     weighted_nll_loss_forward,
 )
+from .cuda_optim import (  # noqa: F401
+    adagrad_step,
+    adam_step,
+    centered_rmsprop_step,
+    clip_by_norm,
+    damped_sgd_step,
+    ema_step,
+    square_sums,
+    swap,
+)
 
 _FLOAT32, _INT32, _UINT8 = map(np.dtype, ("float32", "int32", "uint8"))
 

@@ -26,6 +26,16 @@ from .reference_loss import (  # noqa: F401
     weighted_nll_loss_backward,
     weighted_nll_loss_forward,
 )
+from .reference_optim import (  # noqa: F401
+    adagrad_step,
+    adam_step,
+    centered_rmsprop_step,
+    clip_by_norm,
+    damped_sgd_step,
+    ema_step,
+    square_sums,
+    swap,
+)
 
 
 def _f64(x):
