@@ -189,11 +189,12 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
              const int* classes,  // (images,), labels of the data set
              int* index,          // (size,)
              int* next_labels,    // (size,); labels may lie there
-             const float* rates,  // (steps,) or null
-             float* lr,           // ()
-             int size, int images, int steps) {
+             const float* rates,  // (steps, groups) or null
+             float* lr,           // (groups,)
+             int size, int images, int steps, int groups) {
   const int taken = position[0], step = position[1];
   const bool tallies = threadIdx.x >= HALF;
+  const bool has_rates = rates != nullptr && step < steps;
   int at = -1, label = -1;  // of next image n
   const auto look_up = [&](int n) {
     at = n < size && taken + n < images ? order[taken + n] : -1;
@@ -204,7 +205,8 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
   else if (losses != nullptr)
     add_batch(loss_sum, hits, losses, scores, labels, count, N, F,
               (threadIdx.x - HALF) / WARP, HALF / WARP);
-  const float rate = rates != nullptr && step < steps ? rates[step] : 0.0f;
+  if (has_rates) rates += (int64)step * groups;
+  const float rate = has_rates ? *rates : 0.0f;
   __syncthreads();  // every thread has read the position and the labels
   for (int n = threadIdx.x; !tallies && n < size; n += HALF) {
     if (n >= HALF) look_up(n);
@@ -215,5 +217,7 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
   position[0] = taken + size;
   position[1] = step + 1;
   wait_for_earlier_kernels();
-  if (rates != nullptr && step < steps) *lr = rate;
+  if (!has_rates) return;
+  *lr = rate;
+  for (int group = 1; group < groups; ++group) lr[group] = rates[group];
 }

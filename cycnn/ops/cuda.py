@@ -894,7 +894,7 @@ def gather_labels(labels, index):
     return out
 
 
-_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiii")
+_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiii")
 _END_STEP = 1024  # threads
 _NO_TALLY = (None,) * 5 + (0,) * 3
 _TALLY_OF_A_BLOCK = 1 << 16  # scores that a single block looks through in no time
@@ -919,5 +919,6 @@ def _lay_out(feed, tally_arguments, dependent=False):
     _end_step(
         _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
         *feed, feed.index.size, feed.order.size,
-        0 if feed.rates is None else feed.rates.size, dependent=dependent,
+        0 if feed.rates is None else feed.rates.shape[0],
+        1 if feed.lr is None else feed.lr.size, dependent=dependent,
     )  # fmt: skip

@@ -349,12 +349,12 @@ class Optimizer:
         (device,) = devices
         self._ops = for_device(device)
         groups = self._groups
-        self._lr_on_device = empty(() if len(groups) == 1 else len(groups), device=device)
+        one = len(groups) == 1
+        rates = empty(() if one else len(groups), device=device)
         for i, group in enumerate(groups):
-            group.lr_tensor = self._lr_on_device if len(groups) == 1 else (
-                self._lr_on_device[i]
-            )
+            group.lr_tensor = rates if one else rates[i]
             self._ops.fill(group.lr_tensor, group.lr)
+        self._lr_on_device = rates
         # steps done, and what the GPU's blocks count with; None if nobody asks
         before, self._counter = self._counter, None
         if any(self._counts_steps(group.settings) for group in groups):
@@ -376,10 +376,14 @@ class Optimizer:
     @property
     def runs(self) -> list:
         """The :class:`Run` list as of now; normally one, a whole model."""
+        self._follow()
+        return self._places.runs
+
+    def _follow(self):
+        """Notice parameters that have moved."""
         if self._places.moved:
             self._settle()
             self._places.find_again()
-        return self._places.runs
 
     # what a user does
 
@@ -504,7 +508,7 @@ class Optimizer:
             ``"param_groups"``, a list of their hyper-parameters and how many parameters
             each has, which are numbered through.
         """
-        self.runs  # where they are now
+        self._follow()
         state = {"type": type(self).__name__, "lr": self.lr}
         state |= self._shown(self._settings)
         if len(self._groups) > 1:
@@ -530,7 +534,7 @@ class Optimizer:
             If it is the state of another kind of optimizer, or of other parameters. The
             message names the first difference; nothing is changed then.
         """
-        self.runs  # where they are now
+        self._follow()
         kind = state.get("type")
         if kind != type(self).__name__:
             raise ValueError(

@@ -96,15 +96,20 @@ class Steps:
         """One step; ``update``, a PartialStep, does the optimizer's part if given, and
         a ``feed`` is told to lay out the next step's batch.
         """
+        trainer = self.trainer
         scores, value = self.objective.forward(images, labels)
         self.tally.check(scores)
         if update is None:
             self.objective.backward()
-            self.trainer.optimizer.step()
+            if trainer.clip_grad_norm is not None:
+                trainer.optimizer.clip_grad_norm(trainer.clip_grad_norm)
+            trainer.optimizer.step()
         else:
             partials = {}
             self.objective.backward(partials)
             update.run(partials, recording)
+        if trainer.average is not None:
+            trainer.average.update()
         self.tally.add(value, scores, labels, feed)
 
 
@@ -125,8 +130,7 @@ class EagerSteps(Steps):
         images, labels = next(self.batches)
         trainer = self.trainer
         if trainer.schedule is not None:
-            factor = trainer.schedule(self.step, self.total)
-            trainer.optimizer.lr = trainer.base_lr * factor
+            trainer.optimizer.lrs = trainer.scheduled_lrs(self.step, self.total)
         self._train(images, labels)
         self.tally.count(len(labels))
         self.step += 1
@@ -202,8 +206,10 @@ class CapturedSteps(Steps):
             self.parameters_changed()
         rates = self.feed.rates
         if trainer.schedule is not None and rates is None:
-            table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
-            rates = Tensor(np.array(table, np.float32), loader.device)
+            table = [trainer.scheduled_lrs(i, total) for i in range(total)]
+            shape = total, *trainer.optimizer.lr_tensor.shape
+            rates = np.array(table, np.float32).reshape(shape)
+            rates = Tensor(rates, loader.device)
         self.feed = self.feed._replace(rates=rates, lr=trainer.optimizer.lr_tensor)
         self.feed.position.copy_(np.array([done, self.step], np.int32))
         if self.window is None:
@@ -250,7 +256,10 @@ class CapturedSteps(Steps):
         return self.objective.pack_filters(shape, self.gather)
 
     def _partial_step(self, packed=()):
-        return self.trainer.optimizer.partial_step(packed) if self.fused else None
+        # the length of the gradient is known only once its parts are added up
+        if not self.fused or self.trainer.clip_grad_norm is not None:
+            return None
+        return self.trainer.optimizer.partial_step(packed)
 
     def _record(self, graph, count):
         updates = graph.keep
@@ -267,10 +276,10 @@ class CapturedSteps(Steps):
             return
         if self.step:
             # what the device read from the table, for whoever looks at optimizer.lr
-            factor = trainer.schedule(self.step - 1, self.total)
-            trainer.optimizer.lr = trainer.base_lr * factor
+            trainer.optimizer.lrs = trainer.scheduled_lrs(self.step - 1, self.total)
         # the device is one step ahead, which the setter does not know
-        self.ops.fill(trainer.optimizer.lr_tensor, trainer.optimizer.lr)
+        for group in trainer.optimizer.param_groups:
+            self.ops.fill(group.lr_tensor, group.lr)
 
     def _whole_steps(self, count, updates, recording=False):
         for update in updates:

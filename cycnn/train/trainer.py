@@ -7,6 +7,7 @@ is never idle.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -21,6 +22,7 @@ from ..errors import DataError, ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential
 from ..nn.inference import BATCH, turn
 from ..ops import for_device
+from ..optim.optimizer import checked
 from ..tensor import Tensor, zeros
 from . import checkpoint
 from .history import EpochRecord, History
@@ -192,6 +194,14 @@ class Trainer:
     fuse : bool, optional
         Train with fused layers, see :func:`cycnn.nn.fuse`: the same results up to
         rounding, faster. Default: on a GPU.
+    clip_grad_norm : float, optional
+        The longest that the gradient of a step, of all parameters as one vector, may
+        be: :meth:`cycnn.optim.Optimizer.clip_grad_norm`. Gradients are then summed
+        ahead of the update, not in it.
+    average : optim.EMA, optional
+        Updated after each step. :meth:`fit` tests, and :meth:`evaluate`,
+        :meth:`predict` and :meth:`predict_proba` compute, with its averages instead of
+        the model's parameters.
 
     Attributes
     ----------
@@ -216,15 +226,27 @@ class Trainer:
     """
 
     def __init__(
-        self, model, loss, optimizer, schedule=None, capture=None, fuse=None
+        self,
+        model,
+        loss,
+        optimizer,
+        schedule=None,
+        capture=None,
+        fuse=None,
+        clip_grad_norm=None,
+        average=None,
     ):
+        if clip_grad_norm is not None:
+            clip_grad_norm = checked("clip_grad_norm", clip_grad_norm, positive=True)
+        self.clip_grad_norm = clip_grad_norm
+        self.average = average
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
         self.capture = capture
         self.fuse = fuse
-        self.base_lr = optimizer.lr
+        self.base_lrs = optimizer.lrs
         self.history = History()
         self.epoch = self.step = 0
         self.epochs = self.steps_per_epoch = 0
@@ -238,6 +260,16 @@ class Trainer:
         self._seconds = 0.0
         self._started = None
         self._stopped = False
+
+    @property
+    def base_lr(self) -> float:
+        """What the schedule multiplies; of several groups, the first one's."""
+        return self.base_lrs[0]
+
+    def scheduled_lrs(self, step, total_steps) -> list:
+        """The learning rate of each group of parameters at a step of the run."""
+        factor = self.schedule(step, total_steps)
+        return [base * factor for base in self.base_lrs]
 
     # training
 
@@ -475,7 +507,7 @@ class Trainer:
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        with turn:
+        with turn, self._averaged():
             tally = Tally(loader)
             predictor = self._predictor()
             for images, labels in loader:
@@ -497,12 +529,13 @@ class Trainer:
             model was trained on.
         """
         parts = []
-        for scores in self._outputs(images):
-            if isinstance(scores, Tensor):
-                parts.append(for_device(scores.device).argmax(scores))
-            else:
-                shapes.check_scores("the model's output", scores.shape)
-                parts.append(scores.argmax(1).astype(np.int32))
+        with self._averaged():
+            for scores in self._outputs(images):
+                if isinstance(scores, Tensor):
+                    parts.append(for_device(scores.device).argmax(scores))
+                else:
+                    shapes.check_scores("the model's output", scores.shape)
+                    parts.append(scores.argmax(1).astype(np.int32))
         if not parts:
             return np.empty(0, np.int32)
         return np.concatenate([np.asarray(part) for part in parts])
@@ -520,13 +553,21 @@ class Trainer:
         """
         device, is_log = self.model.device, _ends_in_log_softmax(self.model)
         parts = []
-        for scores in self._outputs(images):
-            if not is_log:
-                scores = for_device(device).log_softmax_forward(Tensor(scores, device))
-            parts.append(np.exp(np.asarray(scores)))
+        with self._averaged():
+            for scores in self._outputs(images):
+                if not is_log:
+                    ops = for_device(device)
+                    scores = ops.log_softmax_forward(Tensor(scores, device))
+                parts.append(np.exp(np.asarray(scores)))
         if not parts:
             raise ShapeError("predict_proba needs at least one image, got none")
         return np.concatenate(parts)
+
+    def _averaged(self):
+        """A block in which the model has the averages, if there are any."""
+        if self.average is None or self.average.is_applied:
+            return contextlib.nullcontext()
+        return self.average.applied()
 
     def _predictor(self):
         if self.fuse is False or self.capture is False:
@@ -562,26 +603,37 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "seed": self.seed,
-            "base_lr": self.base_lr,
+            "base_lr": self.base_lrs if len(self.base_lrs) > 1 else self.base_lr,
             "seconds": self._elapsed(),
             "order": self._order,
             "tally": self._tally_state(),
             "history": self.history.to_list(),
         }
-        checkpoint.save(path, self.model, self.optimizer, self.schedule, state)
+        checkpoint.save(
+            path, self.model, self.optimizer, self.schedule, state, self.average
+        )
 
     @classmethod
     def resume(
-        cls, path, model, loss, optimizer, schedule=None, capture=None, fuse=None
+        cls,
+        path,
+        model,
+        loss,
+        optimizer,
+        schedule=None,
+        capture=None,
+        fuse=None,
+        clip_grad_norm=None,
+        average=None,
     ) -> Trainer:
         """A trainer that goes on where the saved one stood.
 
         Parameters
         ----------
         path : path of a file that :meth:`save` wrote
-        model, loss, optimizer, schedule, capture, fuse
-            Made as for the saved run. Parameters and optimizer state are overwritten
-            by those of the file.
+        model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
+            Made as for the saved run. Parameters, optimizer state and averages are
+            overwritten by those of the file.
 
         Returns
         -------
@@ -597,12 +649,16 @@ class Trainer:
             changed then.
         FileNotFoundError
         """
-        state = checkpoint.load(path, model, optimizer, schedule)
-        trainer = cls(model, loss, optimizer, schedule, capture, fuse)
+        averages = () if average is None else (average,)
+        state = checkpoint.load(path, model, optimizer, schedule, *averages)
+        trainer = cls(
+            model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
+        )
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]
-        trainer.base_lr = state["base_lr"]
+        base = state["base_lr"]
+        trainer.base_lrs = base if isinstance(base, list) else [base]
         trainer.history = History.from_list(state["history"])
         trainer._seconds = state["seconds"]
         trainer._order = state["order"]
