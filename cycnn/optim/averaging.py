@@ -66,9 +66,7 @@ class EMA:
     def _find_runs(self):
         runs = find_runs(self._params)
         for run in runs:
-            made = run.state["average"] = empty(
-                run.data.shape, device=run.data.device
-            )
+            made = run.state["average"] = empty(run.data.shape, device=run.data.device)
             made.copy_(run.data)
         return runs
 
