@@ -132,8 +132,12 @@ def test_a_run_is_saved_and_resumed(tmp_path):
 
 
 def test_a_loss_that_does_not_fit_the_data_says_so():
-    with pytest.raises((TypeError, cycnn.ShapeError), match="one-hot"):
-        trainer_of(nn.CrossEntropyLoss()).fit(regression(), 1, 32)
+    for loss in (nn.CrossEntropyLoss(), nn.NLLLoss()):
+        trainer = trainer_of(loss)
+        with pytest.raises(TypeError, match="is of class indices, TargetDataset"):
+            trainer.fit(regression(), 1, 32)
+        with pytest.raises(TypeError, match="give an ArrayDataset, or a loss of"):
+            trainer.evaluate(regression())
     labels = data.ArrayDataset(regression().images, np.zeros(100, int))
     with pytest.raises(TypeError, match="class indices are for"):
         trainer_of(nn.MSELoss()).fit(labels, 1, 32)

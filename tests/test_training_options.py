@@ -1,5 +1,7 @@
 """Trainers with groups of parameters, clipped gradients and averaged weights."""
 
+import threading
+
 import numpy as np
 import pytest
 from training import make_model, patterns
@@ -314,3 +316,22 @@ def test_the_whole_is_one_program():
                          clip_grad_norm=1.0)  # fmt: skip
     fit(trainer, 20)
     assert trainer.evaluate(TRAIN)["accuracy"] > 0.9
+
+
+def test_threads_that_predict_at_once_all_meet_the_average():
+    trainer = trainer_of(decay=0.9)
+    fit(trainer, 2)
+    want = trainer.predict_proba(TRAIN)
+    differ = []
+
+    def predict():
+        for _ in range(10):
+            if not np.array_equal(trainer.predict_proba(TRAIN), want):
+                differ.append(1)
+
+    threads = [threading.Thread(target=predict) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not differ and not trainer.average.is_applied

@@ -10,7 +10,8 @@ class RMSprop(Optimizer):
 
     Parameters
     ----------
-    params : list of Parameter
+    params : list of Parameter, or list of dict
+        See :class:`Optimizer`.
     lr : float
         Learning rate.
     alpha : float

@@ -10,7 +10,8 @@ class SGD(Optimizer):
 
     Parameters
     ----------
-    params : list of Parameter
+    params : list of Parameter, or list of dict
+        See :class:`Optimizer`.
     lr : float
         Learning rate.
     momentum : float

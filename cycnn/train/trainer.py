@@ -17,10 +17,11 @@ import time
 import numpy as np
 
 from .. import random, shapes
-from ..data import ArrayDataset, DataLoader
+from ..data import ArrayDataset, DataLoader, TargetDataset
 from ..errors import DataError, ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential
 from ..nn.inference import BATCH, turn
+from ..nn.loss import ClassLoss
 from ..ops import for_device
 from ..optim.optimizer import checked
 from ..tensor import Tensor, zeros
@@ -333,6 +334,9 @@ class Trainer:
             )
         if len(train) == 0:
             raise ValueError("the training set is empty")
+        self._check_targets(train)
+        if test is not None:
+            self._check_targets(test)
         if seed is None:
             seed = self.seed if self.seed is not None else random.draw_seed()
         self._check_order(seed, bool(shuffle), batch_size, len(train))
@@ -390,6 +394,14 @@ class Trainer:
             "accuracy": accuracy,
             "images_per_second": images / self._elapsed(),
         }
+
+    def _check_targets(self, dataset):
+        # a fused kernel would take the bits of numbers for class indices
+        if isinstance(dataset, TargetDataset) and isinstance(self.loss, ClassLoss):
+            raise TypeError(
+                f"{self.loss!r} is of class indices, {dataset!r} has numbers: give an "
+                f"ArrayDataset, or a loss of numbers such as MSELoss"
+            )
 
     def _check_order(self, seed, shuffle, batch_size, images):
         order = {
@@ -504,6 +516,7 @@ class Trainer:
             ``{"loss": float, "accuracy": float}``, accuracy from 0 to 1, or None for a
             :class:`~cycnn.data.TargetDataset`; NaN for an empty set.
         """
+        self._check_targets(dataset)
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
@@ -563,11 +576,18 @@ class Trainer:
             raise ShapeError("predict_proba needs at least one image, got none")
         return np.concatenate(parts)
 
+    @contextlib.contextmanager
     def _averaged(self):
         """A block in which the model has the averages, if there are any."""
-        if self.average is None or self.average.is_applied:
-            return contextlib.nullcontext()
-        return self.average.applied()
+        if self.average is None:
+            yield
+            return
+        with turn:  # another thread must not meet them on their way back
+            if self.average.is_applied:
+                yield
+            else:
+                with self.average.applied():
+                    yield
 
     def _predictor(self):
         if self.fuse is False or self.capture is False:
