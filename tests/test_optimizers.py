@@ -422,6 +422,28 @@ def test_learning_rates_of_groups():
         assert (p.data.numpy() != array).any()
 
 
+def test_a_group_is_one_run_wherever_its_parameters_go():
+    model = model_of()
+    values = model.state_dict()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad.fill_(i)
+    optimizer = optim.Adam(groups_of(model, {"weight_decay": 0.1}))
+    assert [run.group for run in optimizer.runs] == optimizer.param_groups
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, values[name])
+    for i, parameter in enumerate(model.parameters()):
+        assert (parameter.grad.numpy() == i).all()
+    places = [p.data.ptr for p in model.parameters()]
+    optimizer.step()
+    assert [p.data.ptr for p in model.parameters()] == places
+    # joined anew they lie in the order of the layers, until the optimizer notices
+    whole = nn.Sequential(nn.Linear(2, 7), *model)
+    average = optim.EMA(whole.parameters())
+    optimizer.step()
+    assert len(optimizer.runs) == 2 and optimizer.state_dict()["step"] == 2
+    average.update()
+
+
 def test_groups_in_a_state_must_fit():
     model = model_of()
     optimizer = optim.SGD(groups_of(model, {}), 0.1)

@@ -8,7 +8,7 @@ import numbers
 import numpy as np
 
 from ..errors import ShapeError
-from ..nn.parameter import Parameter, padded
+from ..nn.parameter import Parameter, pack, padded
 from ..ops import for_device, fused
 from ..shapes import ceil_div
 from ..tensor import empty, zeros
@@ -249,9 +249,9 @@ class Optimizer:
     params : list of Parameter, or list of dict
         For instance ``model.parameters()``; all on one device. Or groups, as in
         PyTorch: ``[{"params": weights, "weight_decay": 1e-4}, {"params": biases}]``,
-        each with any hyper-parameters of its own; the others are the optimizer's. Each
-        group is updated by a launch of its own, or by several where others lie between
-        its parameters.
+        each with any hyper-parameters of its own; the others are the optimizer's. The
+        parameters are then put side by side in the order of the groups, so that each
+        group is updated by one launch.
     lr : float
         Learning rate.
     settings : dict of str to float or bool
@@ -339,7 +339,7 @@ class Optimizer:
     # where the parameters are
 
     def _settle(self):
-        """Take the device of the parameters; the counter, if any, moves there."""
+        """Take the device of the parameters; what is kept there moves along."""
         devices = {parameter.device for parameter in self._params}
         if len(devices) > 1:
             raise ValueError(
@@ -349,6 +349,9 @@ class Optimizer:
         (device,) = devices
         self._ops = for_device(device)
         groups = self._groups
+        if len(groups) > 1:
+            # else a group is as many runs as others lie between its parameters
+            pack(self._params)
         one = len(groups) == 1
         rates = empty(() if one else len(groups), device=device)
         for i, group in enumerate(groups):
