@@ -294,7 +294,8 @@ class CrossEntropyLoss(ClassLoss):
         As of :class:`NLLLoss`.
     label_smoothing : float
         From 0 to 1: the share of each target that is spread evenly over all classes,
-        which keeps a model from becoming too sure of itself.
+        which keeps a model from becoming too sure of itself. (For a model that ends in
+        LogSoftmax, too: the log-softmax of log-probabilities is these themselves.)
 
     Notes
     -----

@@ -324,8 +324,8 @@ class Optimizer:
         raise NotImplementedError
 
     def _updates_from_parts(self, settings) -> bool:
-        """Whether :meth:`_update_from` is there for a group with these settings."""
-        return type(self)._update_from is not Optimizer._update_from
+        """Whether :meth:`_update_from`, if there is one, can do these settings."""
+        return True
 
     def _is_last(self, run) -> bool:
         """Whether a run is the one whose update counts the step."""
@@ -455,7 +455,9 @@ class Optimizer:
         updaters = [
             fused.updater(len(run.parameters), run.data.device) for run in self.runs
         ]
-        known = all(self._updates_from_parts(group.settings) for group in self._groups)
+        known = type(self)._update_from is not Optimizer._update_from and all(
+            self._updates_from_parts(group.settings) for group in self._groups
+        )
         if not known or not all(updaters):
             return None
         return PartialStep(self, updaters, dict(packed))

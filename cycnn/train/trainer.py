@@ -176,7 +176,7 @@ class Trainer:
         Maps images (N, C, H, W) to scores (N, classes), or to numbers of the shape of
         a :class:`~cycnn.data.TargetDataset`'s targets. Training runs on the device
         that it is on.
-    loss : nn.Loss
+    loss : nn.NLLLoss, nn.CrossEntropyLoss, nn.MSELoss ...
         Whatever fits the model's output: NLLLoss for a model that ends in LogSoftmax,
         CrossEntropyLoss for one that ends in plain scores; for numbers MSELoss, L1Loss,
         SmoothL1Loss or BCEWithLogitsLoss. The loss of an epoch is the mean of those of
