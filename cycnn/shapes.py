@@ -11,6 +11,7 @@ I O inputs and outputs of a linear layer, F features (classes).
 
 from __future__ import annotations
 
+import math
 import operator
 
 from .errors import ShapeError
@@ -78,6 +79,16 @@ def check_same(**named) -> None:
 def check_scalar(name: str, shape: tuple) -> None:
     """The shape is ()."""
     _equal(name, shape, (), "a single number")
+
+
+def check_period(name: str, shape: tuple, x_shape: tuple) -> None:
+    """The shape is (period,), and x has a whole number of periods of elements."""
+    size = math.prod(x_shape)
+    if len(shape) != 1 or not shape[0] or size % shape[0]:
+        raise ShapeError(
+            f"{name} has shape {tuple(shape)}: expected one number, or some that "
+            f"repeat a whole number of times over the {size} elements of {x_shape}"
+        )
 
 
 def check_count(count: int) -> int:

@@ -36,7 +36,7 @@ LETTERS = {"int": "i", "uint32": "u", "int64": "q", "uint64": "Q", "float": "f"}
 PTX_TYPES = {"P": "u64", "i": "u32", "u": "u32", "q": "u64", "Q": "u64", "f": "f32"}
 LIBRARIES = (
     "activation", "avgpool", "batch_norm", "conv", "data", "dropout", "elementwise",
-    "gemm", "layer_norm", "maxpool", "optim", "reduce", "softmax",
+    "gemm", "layer_norm", "loss", "maxpool", "optim", "reduce", "softmax",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@
 //            momentum: b = momentum * b + u;  u = b          param -= lr * u
 //   SGD      momentum: b = momentum * b + g;  g = nesterov ? g + momentum * b : b
 //            param -= lr * g
+//   Adam, Adagrad: as adam_step and adagrad_step there, which also say what steps is
 #include "fused.cuh"
 
 constexpr int THREADS = 256, TOGETHER = 4;
@@ -346,4 +347,71 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                int nesterov) {
   update(table, entries, params, grads, nullptr, buffers, lr,
          SGD{weight_decay, momentum, nesterov != 0});
+}
+
+// 1 - beta^t without the cancellation where beta^t is close to 1; log_beta <= 0 may be
+// -infinity.
+__device__ __forceinline__ float correction(float log_beta, float t) {
+  return -expm1f(t * log_beta);
+}
+
+// Of Adam and AdamW: square is the mean square, buffer the mean. What depends on the
+// step alone the compiler computes once for all the numbers of a thread.
+struct Adam {
+  const int* steps;
+  float beta1, rest1, log1, beta2, rest2, log2, eps, weight_decay;
+  bool decoupled;
+
+  __device__ __forceinline__ void step(float& param, float grad, float& square,
+                                       float& buffer, float lr) const {
+    const float t = (float)(steps[0] + 1);
+    const float rate = lr / correction(log1, t), root2 = sqrtf(correction(log2, t));
+    const float p = decoupled ? (1.0f - lr * weight_decay) * param : param;
+    const float g = decoupled ? grad : grad + weight_decay * p;
+    buffer = beta1 * buffer + rest1 * g;
+    square = beta2 * square + rest2 * g * g;
+    param = p - rate * buffer / (sqrtf(square) / root2 + eps);
+  }
+};
+
+// Square is the sum of squares.
+struct Adagrad {
+  const int* steps;
+  float lr_decay, eps, weight_decay;
+
+  __device__ __forceinline__ void step(float& param, float grad, float& square, float&,
+                                       float lr) const {
+    const float g = grad + weight_decay * param;
+    square += g * g;
+    param -= lr / (1.0f + (float)steps[0] * lr_decay) * g / (sqrtf(square) + eps);
+  }
+};
+
+// As count_step of optim.cu: the last block that has read the step counts it.
+__device__ __forceinline__ void count_step(int* steps) {
+  __syncthreads();
+  if (threadIdx.x != 0 || atomicAdd(steps + 1, 1) != (int)gridDim.x - 1) return;
+  steps[0] += 1;
+  steps[1] = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    update_adam(const Entry* table, int entries, float* params, float* grads,
+                float* squares, float* buffers, int* steps, int advance,
+                const float* lr, float beta1, float rest1, float log1, float beta2,
+                float rest2, float log2, float eps, float weight_decay,
+                int decoupled) {
+  update(table, entries, params, grads, squares, buffers, lr,
+         Adam{steps, beta1, rest1, log1, beta2, rest2, log2, eps, weight_decay,
+              decoupled != 0});
+  if (advance) count_step(steps);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    update_adagrad(const Entry* table, int entries, float* params, float* grads,
+                   float* squares, int* steps, int advance, const float* lr,
+                   float lr_decay, float eps, float weight_decay) {
+  update(table, entries, params, grads, squares, nullptr, lr,
+         Adagrad{steps, lr_decay, eps, weight_decay});
+  if (advance) count_step(steps);
 }

@@ -11,11 +11,13 @@ from .loader import DataLoader
 from .mnist import mnist, mnist5k
 from .npz import load_npz
 from .statistics import channel_statistics
+from .targets import TargetDataset
 
 __all__ = [
     "CIFAR10_CLASSES",
     "ArrayDataset",
     "DataLoader",
+    "TargetDataset",
     "channel_statistics",
     "cifar10",
     "image_folder",

@@ -56,6 +56,9 @@ class ArrayDataset:
     gone.
     """
 
+    # whether labels are class indices, and not numbers to predict
+    has_classes = True
+
     def __init__(self, images, labels, scale=1.0, shift=0.0, classes=None):
         images = _as_images(images)
         labels, classes = _as_labels(labels, classes)
@@ -142,7 +145,7 @@ def _as_images(images) -> np.ndarray:
     return images
 
 
-def _refuse_non_finite(images) -> None:
+def _refuse_non_finite(images, name="image") -> None:
     flat = images.reshape(-1)
     # in pieces, so that a large set needs no second array of its size
     for start in range(0, flat.size, _CHUNK):
@@ -151,7 +154,7 @@ def _refuse_non_finite(images) -> None:
             at = start + int(bad.argmax())
             index = tuple(int(i) for i in np.unravel_index(at, images.shape))
             raise DataError(
-                f"image {index[0]} holds {flat[at]} at images{list(index)}: expected "
+                f"{name} {index[0]} holds {flat[at]} at {name}s{list(index)}: expected "
                 f"finite numbers that fit float32"
             )
 

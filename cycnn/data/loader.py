@@ -36,6 +36,8 @@ _residents = weakref.WeakKeyDictionary()  # dataset -> {device: its tensors ther
 class DataLoader:
     """Iterates over a dataset in batches of float32 images and int32 labels.
 
+    Of a :class:`TargetDataset` it yields float32 targets in the place of labels.
+
     Parameters
     ----------
     dataset : ArrayDataset
@@ -154,10 +156,8 @@ class DataLoader:
         order = self.order(epoch)
         for start, stop in self._bounds():
             index = order[start:stop]
-            yield (
-                ops.gather_images(images, index, scale, shift),
-                ops.gather_labels(labels, index),
-            )
+            batch = ops.gather_images(images, index, scale, shift)
+            yield batch, gather_targets(ops, self.dataset, labels, index, batch)
 
     # streamed through pinned memory
 
@@ -190,11 +190,13 @@ class DataLoader:
                 free.release()
                 shape = (count, *dataset.image_shape)
                 raw = _view(buffer, 0, shape, dataset.images.dtype, device)
-                labels = _view(buffer, offset, (count,), dataset.labels.dtype, device)
+                shape = (count, *dataset.labels.shape[1:])
+                labels = _view(buffer, offset, shape, dataset.labels.dtype, device)
                 images = ops.gather_images(
                     raw, identity[:count], dataset.scale, dataset.shift
                 )
-                yield images, labels
+                own = not dataset.has_classes and dataset.own_images
+                yield images, images if own else labels
         finally:
             stop.set()
             free.release()
@@ -202,6 +204,31 @@ class DataLoader:
             # the ring's memory must outlive the copies out of it
             for _ in range(_SLOTS):
                 ring.acquire()
+
+
+def gather_targets(ops, dataset, labels, index, images):
+    """What a batch is to be: class indices, numbers, or the images themselves.
+
+    Parameters
+    ----------
+    ops : module
+    dataset : ArrayDataset
+    labels : Tensor (M, ...)
+        Those of the set, on the device.
+    index : int32 Tensor (N,)
+    images : Tensor (N, ...)
+        The batch.
+    """
+    if dataset.has_classes:
+        return ops.gather_labels(labels, index)
+    if dataset.own_images:
+        return images
+    return ops.gather_images(labels, index, 1.0, 0.0)
+
+
+def row_bytes(array) -> int:
+    """Bytes of ``array[0]``."""
+    return math.prod(array.shape[1:]) * array.itemsize
 
 
 def _resident(dataset, device):
@@ -229,9 +256,8 @@ class _OnDevice:
 
 def _batch_bytes(dataset, count) -> tuple:
     """(where the labels of a packed batch begin, its length), in bytes."""
-    row = math.prod(dataset.image_shape) * dataset.images.itemsize
-    offset = -(-count * row // _ALIGN) * _ALIGN
-    return offset, offset + count * dataset.labels.itemsize
+    offset = -(-count * row_bytes(dataset.images) // _ALIGN) * _ALIGN
+    return offset, offset + count * row_bytes(dataset.labels)
 
 
 def _fill(dataset, order, bounds, ring, free, ready, stop) -> None:
@@ -254,7 +280,13 @@ def _fill(dataset, order, bounds, ring, free, ready, stop) -> None:
                 mode="clip",  # "raise" would gather into a second array first
             )
             labels = slot.array[offset:nbytes].view(dataset.labels.dtype)
-            np.take(dataset.labels, index, out=labels, mode="clip")
+            np.take(
+                dataset.labels,
+                index,
+                axis=0,
+                out=labels.reshape(len(index), *dataset.labels.shape[1:]),
+                mode="clip",
+            )
             ready.put((slot, end - start, None))
     except BaseException as error:  # raised again where the batches are used
         ready.put((None, 0, error))

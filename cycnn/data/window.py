@@ -5,13 +5,13 @@ A recorded step reads its batch from a fixed place, so that is where batches hav
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 
 import numpy as np
 
 from .. import tensor
+from .loader import row_bytes
 
 _SLOTS = 3  # one in use, one on its way, one in reserve
 _SLOT_BYTES = 2 << 20  # enough for the work per slot, in Python, to count for nothing
@@ -46,17 +46,16 @@ class Window:
 
         self._loader = loader
         dataset, device = loader.dataset, loader.device
-        image = math.prod(dataset.image_shape) * dataset.images.itemsize
-        batch = loader.batch_size * (image + dataset.labels.itemsize)
-        batches = max(1, _SLOT_BYTES // batch)
+        row = row_bytes(dataset.images) + row_bytes(dataset.labels)
+        batches = max(1, _SLOT_BYTES // (loader.batch_size * row))
         self._slot_rows = min(batches * loader.batch_size, len(dataset))
         self.rows = _SLOTS * self._slot_rows
         shape = self.rows, *dataset.image_shape
         self.images = tensor.empty(shape, dataset.images.dtype, device)
-        self.labels = tensor.empty(self.rows, dataset.labels.dtype, device)
+        shape = self.rows, *dataset.labels.shape[1:]
+        self.labels = tensor.empty(shape, dataset.labels.dtype, device)
         self._gpu = gpu_device.get(device.index)
-        nbytes = self._slot_rows * (image + dataset.labels.itemsize)
-        self._ring = PinnedRing(_SLOTS, nbytes, device.index)
+        self._ring = PinnedRing(_SLOTS, self._slot_rows * row, device.index)
         self._used = [Event(device.index) for _ in range(_SLOTS)]
         self._filler = None
 
@@ -129,7 +128,7 @@ class Window:
                     (dataset.labels, self.labels),  # first, to be aligned
                     (dataset.images, self.images),
                 ):
-                    nbytes = len(index) * source[0].nbytes
+                    nbytes = len(index) * row_bytes(source)
                     part = slot.array[offset : offset + nbytes].view(source.dtype)
                     np.take(
                         source,
@@ -138,7 +137,7 @@ class Window:
                         out=part.reshape(len(index), *source.shape[1:]),
                         mode="clip",  # "raise" would gather into another array first
                     )
-                    at = target.ptr + place * rows * source[0].nbytes
+                    at = target.ptr + place * rows * row_bytes(source)
                     pieces.append((offset, nbytes, at))
                     offset += nbytes
                 self._gpu.copy.wait(self._used[place])

@@ -20,6 +20,7 @@ from .inference import Predictor
 from .layer import Layer
 from .linear import Linear
 from .loss import CrossEntropyLoss, NLLLoss
+from .loss_regression import BCEWithLogitsLoss, L1Loss, MSELoss, SmoothL1Loss
 from .networks import reference_network
 from .normalisation import BatchNorm2d, LayerNorm
 from .parameter import Parameter
@@ -31,17 +32,20 @@ __all__ = [
     "GELU",
     "AdaptiveAvgPool2d",
     "AvgPool2d",
+    "BCEWithLogitsLoss",
     "BatchNorm2d",
     "Buffer",
     "Conv2d",
     "CrossEntropyLoss",
     "Dropout",
     "Flatten",
+    "L1Loss",
     "Layer",
     "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LogSoftmax",
+    "MSELoss",
     "MaxPool2d",
     "NLLLoss",
     "Objective",
@@ -51,6 +55,7 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softmax",
     "Tanh",
     "fold_batch_norm",

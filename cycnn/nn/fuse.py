@@ -606,14 +606,15 @@ class Objective:
     loss : Loss
     fused : bool
         Whether to :func:`fuse` the model, and a final Linear and LogSoftmax with an
-        NLLLoss, and with a small Linear and ReLU ahead of them.
+        NLLLoss without options, and with a small Linear and ReLU ahead of them.
     """
 
     def __init__(self, model, loss, fused=False):
         self.model = fuse(model) if fused else model
         self.loss = loss
         self._body, self._hidden, self._linear = self.model, None, None
-        if fused and isinstance(self.model, FusedSequential) and type(loss) is NLLLoss:
+        plain = type(loss) is NLLLoss and loss.is_plain
+        if fused and isinstance(self.model, FusedSequential) and plain:
             layers = self.model._layers
             if len(layers) > 1 and _is_head(layers[-2:]):
                 self._linear = layers[-2].parts[0]

@@ -24,8 +24,8 @@ class Feed(NamedTuple):
     classes: object  # int32 (M,): labels of the data set
     index: object  # int32 (N,): images of the step, -1 beyond the end of the order
     labels: object  # int32 (N,): their labels, -1 there
-    rates: object  # float32 (steps,), learning rate of each step, or None: lr stays
-    lr: object  # float32 ()
+    rates: object  # float32 (steps, *lr), learning rates of each step; None: lr stays
+    lr: object  # float32 (), or (groups,) for groups of parameters
 
 
 def for_device(device):

@@ -37,6 +37,28 @@ from .cpu_layer_norm import (  # noqa: F401
     layer_norm_backward,
     layer_norm_forward,
 )
+from .cpu_loss import (  # noqa: F401
+    bce_with_logits_backward,
+    bce_with_logits_forward,
+    mse_loss_backward,
+    mse_loss_forward,
+    smooth_l1_loss_backward,
+    smooth_l1_loss_forward,
+    weighted_cross_entropy_backward,
+    weighted_cross_entropy_forward,
+    weighted_nll_loss_backward,
+    weighted_nll_loss_forward,
+)
+from .cpu_optim import (  # noqa: F401
+    adagrad_step,
+    adam_step,
+    centered_rmsprop_step,
+    clip_by_norm,
+    damped_sgd_step,
+    ema_step,
+    square_sums,
+    swap,
+)
 from .cpu_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,

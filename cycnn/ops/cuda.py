@@ -59,6 +59,28 @@ from .cuda_layer_norm import (  # noqa: F401
     layer_norm_backward,
     layer_norm_forward,
 )
+from .cuda_loss import (  # noqa: F401
+    bce_with_logits_backward,
+    bce_with_logits_forward,
+    mse_loss_backward,
+    mse_loss_forward,
+    smooth_l1_loss_backward,
+    smooth_l1_loss_forward,
+    weighted_cross_entropy_backward,
+    weighted_cross_entropy_forward,
+    weighted_nll_loss_backward,
+    weighted_nll_loss_forward,
+)
+from .cuda_optim import (  # noqa: F401
+    adagrad_step,
+    adam_step,
+    centered_rmsprop_step,
+    clip_by_norm,
+    damped_sgd_step,
+    ema_step,
+    square_sums,
+    swap,
+)
 from .cuda_pooling import (  # noqa: F401
     avgpool2d_backward,
     avgpool2d_forward,
@@ -877,5 +899,6 @@ def _lay_out(feed, tally_arguments, rate_of, dependent=False):
     _end_step(
         _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
         *feed, feed.index.size, feed.order.size,
-        0 if feed.rates is None else feed.rates.size, rate_of, dependent=dependent,
+        0 if feed.rates is None else feed.rates.shape[0],
+        1 if feed.lr is None else feed.lr.size, rate_of, dependent=dependent,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from ..shapes import ceil_div
 from ..tensor import Tensor, empty_on_gpu
 from . import conv_backward_plan
 from .conv_backward_plan import THREADS
+from .cuda_optim import log_of
 
 _FLOAT32, _INT32 = np.dtype("float32"), np.dtype("int32")
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 2}
@@ -701,6 +702,8 @@ class Updater:
 
     _rmsprop = Kernel("update", "update_rmsprop", "PiPPPPPffff")
     _sgd = Kernel("update", "update_sgd", "PiPPPPffi")
+    _adam = Kernel("update", "update_adam", "PiPPPPPiPffffffffi")
+    _adagrad = Kernel("update", "update_adagrad", "PiPPPPiPfff")
 
     def __init__(self, parameters, device):
         self._entries, self._device = parameters, device
@@ -764,4 +767,28 @@ class Updater:
             _get(self._device.index).compute, self._blocks, THREADS, self._table,
             self._entries, params, grads, buffers, lr, weight_decay, momentum,
             int(nesterov), dependent=True,
+        )  # fmt: skip
+
+    def adam(
+        self, params, grads, means, squares, steps, advance, lr, beta1, beta2, eps,
+        weight_decay, decoupled,
+    ):  # fmt: skip
+        """One step of Adam or AdamW, as ``ops.adam_step`` does it without a largest
+        mean square; see :meth:`rmsprop`.
+        """
+        self._adam(
+            _get(self._device.index).compute, self._blocks, THREADS, self._table,
+            self._entries, params, grads, squares, means, steps, int(advance), lr,
+            beta1, 1 - beta1, log_of(beta1), beta2, 1 - beta2, log_of(beta2), eps,
+            weight_decay, int(decoupled), dependent=True,
+        )  # fmt: skip
+
+    def adagrad(
+        self, params, grads, sums, steps, advance, lr, lr_decay, eps, weight_decay
+    ):
+        """One step of Adagrad, as ``ops.adagrad_step`` does it; see :meth:`rmsprop`."""
+        self._adagrad(
+            _get(self._device.index).compute, self._blocks, THREADS, self._table,
+            self._entries, params, grads, sums, steps, int(advance), lr, lr_decay, eps,
+            weight_decay, dependent=True,
         )  # fmt: skip

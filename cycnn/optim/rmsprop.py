@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .optimizer import Optimizer, checked, hyperparameter
+from .optimizer import Optimizer, checked, flag, hyperparameter
 
 
 class RMSprop(Optimizer):
@@ -10,7 +10,8 @@ class RMSprop(Optimizer):
 
     Parameters
     ----------
-    params : list of Parameter
+    params : list of Parameter, or list of dict
+        See :class:`Optimizer`.
     lr : float
         Learning rate.
     alpha : float
@@ -26,6 +27,9 @@ class RMSprop(Optimizer):
         What the running mean starts at. 0, as in PyTorch, makes the first steps large,
         about lr / sqrt(1 - alpha) whatever the gradient is; a small number, such as
         1e-3, damps them.
+    centered : bool
+        Divide by the standard deviation of the gradient instead, the root of the mean
+        square less the squared mean.
 
     Notes
     -----
@@ -34,7 +38,8 @@ class RMSprop(Optimizer):
 
         g = g + weight_decay p
         v = alpha v + (1 - alpha) g^2
-        u = g / (sqrt(v) + eps)
+        u = g / (sqrt(v) + eps)             centered: sqrt(v - a^2) with
+                                            a = alpha a + (1 - alpha) g
         b = momentum b + u,  u = b          if there is momentum
         p = p - lr u
     """
@@ -49,6 +54,7 @@ class RMSprop(Optimizer):
         momentum=0.0,
         initial_accumulator=0.0,
         *,
+        centered=False,
         beta=None,
     ):
         if beta is not None:
@@ -62,42 +68,65 @@ class RMSprop(Optimizer):
             params,
             lr,
             {
-                "alpha": checked("alpha", alpha, below=1),
-                "eps": checked("eps", eps, positive=True),
-                "weight_decay": checked("weight_decay", weight_decay),
-                "momentum": checked("momentum", momentum, below=1),
-                "initial_accumulator": checked(
-                    "initial_accumulator", initial_accumulator
-                ),
+                "alpha": alpha,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "momentum": momentum,
+                "initial_accumulator": initial_accumulator,
+                "centered": centered,
             },
         )
+
+    _unsaid = {"centered": False}
+
+    @staticmethod
+    def _checked(alpha, eps, weight_decay, momentum, initial_accumulator, centered):
+        return {
+            "alpha": checked("alpha", alpha, below=1),
+            "eps": checked("eps", eps, positive=True),
+            "weight_decay": checked("weight_decay", weight_decay),
+            "momentum": checked("momentum", momentum, below=1),
+            "initial_accumulator": checked("initial_accumulator", initial_accumulator),
+            "centered": flag("centered", centered),
+        }
 
     alpha = hyperparameter("alpha")
     eps = hyperparameter("eps")
     weight_decay = hyperparameter("weight_decay")
     momentum = hyperparameter("momentum")
     initial_accumulator = hyperparameter("initial_accumulator")
+    centered = hyperparameter("centered")
 
-    def _initial_state(self):
-        state = {"square_avg": self.initial_accumulator}
-        if self.momentum:
+    def _initial_state(self, settings):
+        state = {"square_avg": settings["initial_accumulator"]}
+        if settings["momentum"]:
             state["momentum_buffer"] = 0.0
+        if settings["centered"]:
+            state["grad_avg"] = 0.0
         return state
 
     def _update(self, ops, run):
-        ops.rmsprop_step(*self._arguments(run))
+        data, grad, square_avg, *others = self._arguments(run)
+        if run.group.settings["centered"]:
+            grad_avg = run.state["grad_avg"]
+            ops.centered_rmsprop_step(data, grad, square_avg, grad_avg, *others)
+        else:
+            ops.rmsprop_step(data, grad, square_avg, *others)
+
+    def _updates_from_parts(self, settings):
+        return not settings["centered"]
 
     def _update_from(self, updater, run):
         updater.rmsprop(*self._arguments(run))
 
     def _arguments(self, run):
-        settings, state = self._settings, run.state
+        settings, state = run.group.settings, run.state
         return (
             run.data,
             run.grad,
             state["square_avg"],
             state.get("momentum_buffer"),
-            self._lr_on_device,
+            run.group.lr_tensor,
             settings["alpha"],
             settings["eps"],
             settings["weight_decay"],

@@ -3,6 +3,7 @@
     model.<name>        parameters and buffers, as in the state_dict
     buffer.<name>       buffers that are not in it: the state of random numbers
     optimizer.<name>    tensors of the optimizer's state
+    average.<index>     averaged parameters, if there are any
     metadata "cycnn"    JSON: format version, schedule, the optimizer's numbers, the run
     metadata "sha256"   digest of all of that, since safetensors checks sizes only
 
@@ -27,11 +28,13 @@ from .history import EpochRecord
 _FORMAT = 1
 
 
-def save(path, model, optimizer, schedule, run: dict) -> None:
+def save(path, model, optimizer, schedule, run: dict, average=None) -> None:
     """Write a checkpoint; ``run`` is anything that JSON can hold."""
+    averages = {} if average is None else average.state_dict()
     tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
     for name, buffer in _apart(model).items():
         tensors[f"buffer.{name}"] = buffer.data.numpy()
+    tensors |= {name: array for name, array in averages.items() if name != "decay"}
     numbers = {}
     for name, value in optimizer.state_dict().items():
         if isinstance(value, np.ndarray):
@@ -44,6 +47,7 @@ def save(path, model, optimizer, schedule, run: dict) -> None:
             "cycnn": __version__,
             "schedule": schedule_name(schedule),
             "optimizer": numbers,
+            "average": averages.get("decay"),
             "run": run,
         },
         default=_plain,
@@ -58,13 +62,13 @@ def _plain(value):
     raise TypeError(f"a checkpoint cannot hold {value!r}")
 
 
-def load(path, model, optimizer, schedule) -> dict:
-    """Put a checkpoint into ``model`` and ``optimizer``; returns its ``run``.
+def load(path, model, optimizer, schedule, average=None) -> dict:
+    """Put a checkpoint into ``model``, ``optimizer`` and ``average``; returns its ``run``.
 
     Raises
     ------
     DataError
-        If anything does not fit. Model and optimizer are as they were then.
+        If anything does not fit. All three are as they were then.
     """
     path = os.fspath(path)
     tensors, text = _read(path)
@@ -73,22 +77,44 @@ def load(path, model, optimizer, schedule) -> dict:
     if saved != given:
         raise DataError(f"{path} was made with the schedule {saved}, this is {given}")
     _check_run(path, content["run"])
+    base = content["run"]["base_lr"]
+    groups = len(base) if type(base) is list else 1
+    if groups != len(optimizer.lrs):
+        raise DataError(
+            f"{path} is of another run: it has {groups} groups of parameters, the "
+            f"optimizer {len(optimizer.lrs)}"
+        )
+    decay = content.get("average")
+    if (decay is None) != (average is None):
+        raise DataError(
+            f"{path} was made {'without' if decay is None else 'with'} an average of "
+            f"the parameters, this is {'with' if decay is None else 'without'} one"
+        )
     parameters, buffers, state = {}, {}, dict(content["optimizer"])
     parts = {"model": parameters, "buffer": buffers, "optimizer": state}
+    averages = {} if decay is None else {"decay": decay}
     for name, array in tensors.items():
         part, _, rest = name.partition(".")
+        if part == "average" and average is not None:
+            averages[name] = array
+            continue
         if part not in parts or rest in content["optimizer"]:
             raise DataError(f"{path} holds {name}, which no checkpoint has")
         parts[part][rest] = array
     own = _apart(model)
     _check_buffers(path, own, buffers)
     before = model.state_dict()
+    averages_before = None if average is None else average.state_dict()
     try:
-        # Each of the two checks everything before it writes anything.
+        # Each of them checks everything before it writes anything.
         model.load_state_dict(parameters)
+        if average is not None:
+            average.load_state_dict(averages)
         optimizer.load_state_dict(state)
     except BaseException as error:
         model.load_state_dict(before)
+        if average is not None:
+            average.load_state_dict(averages_before)
         # OverflowError: a number such as 10**400, which is in no float's range
         if isinstance(error, (ValueError, TypeError, OverflowError)):
             raise DataError(f"{path} is of another run: {error}") from error
@@ -207,7 +233,10 @@ _RUN = {
     "epoch": _is_count,
     "step": _is_count,
     "seed": _optional(_is_seed),
-    "base_lr": _is_number,
+    "base_lr": lambda value: (
+        _is_number(value)
+        or (type(value) is list and len(value) > 1 and all(map(_is_number, value)))
+    ),
     "seconds": _is_number,
     "order": _optional(
         _fields(

@@ -18,19 +18,20 @@ class EpochRecord:
         Mean training loss over the epoch's images, each taken with the parameters
         that its batch met.
     accuracy : float
-        Share of those images classified right at that moment, from 0 to 1.
+        Share of those images classified right at that moment, from 0 to 1. None where
+        the model is to give numbers, not classes.
     lr : float
         Learning rate of the epoch's last step.
     seconds : float
         Time the training took, evaluation left out.
     images_per_second : float
     test_loss, test_accuracy : float or None
-        None where ``fit`` was given no test set.
+        None where ``fit`` was given no test set; the accuracy also as above.
     """
 
     epoch: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     lr: float
     seconds: float
     images_per_second: float

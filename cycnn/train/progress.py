@@ -14,12 +14,13 @@ _BAR = 24
 def epoch_line(record, epochs: int) -> str:
     """One epoch in a line of text."""
     width = len(str(epochs))
-    line = (
-        f"epoch {record.epoch:{width}d}/{epochs}  loss {record.loss:.4f}  "
-        f"accuracy {record.accuracy:7.2%}"
-    )
+    line = f"epoch {record.epoch:{width}d}/{epochs}  loss {record.loss:.4f}"
+    if record.accuracy is not None:
+        line += f"  accuracy {record.accuracy:7.2%}"
     if record.test_accuracy is not None:
         line += f"  test {record.test_accuracy:7.2%}"
+    elif record.test_loss is not None:
+        line += f"  test {record.test_loss:.4f}"
     return (
         f"{line}  {record.seconds:.3g} s  {record.images_per_second:,.0f} images/s"
     )
@@ -58,10 +59,12 @@ class ProgressBar:
         self._due = time.monotonic() + _SECONDS_BETWEEN_READS
         done = trainer.step / trainer.steps_per_epoch
         full = round(done * _BAR)
+        accuracy = running["accuracy"]
+        shown = "" if accuracy is None else f"  accuracy {accuracy:.2%}"
         line = (
             f"epoch {trainer.epoch + 1}/{trainer.epochs} "
             f"[{'#' * full}{'.' * (_BAR - full)}] {done:4.0%}  "
-            f"loss {running['loss']:.4f}  accuracy {running['accuracy']:.2%}  "
+            f"loss {running['loss']:.4f}{shown}  "
             f"{running['images_per_second']:,.0f} images/s"
         )
         # a line longer than the terminal would wrap, and \r would not undo it

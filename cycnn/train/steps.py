@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..data.loader import gather_targets
 from ..data.window import Window
 from ..nn import Objective
 from ..ops import Feed, for_device, fused
@@ -97,6 +98,7 @@ class Steps:
 
         That runs beside the backward pass: the update leaves it no room on the GPU.
         """
+        trainer = self.trainer
         scores, value = self.objective.forward(images, labels)
         self.tally.check(scores)
         if update is None:
@@ -106,9 +108,13 @@ class Steps:
             self.objective.backward(partials)
         self.tally.add(value, scores, labels, feed)
         if update is None:
-            self.trainer.optimizer.step()
+            if trainer.clip_grad_norm is not None:
+                trainer.optimizer.clip_grad_norm(trainer.clip_grad_norm)
+            trainer.optimizer.step()
         else:
             update.run(partials, recording)
+        if trainer.average is not None:
+            trainer.average.update()
 
 
 class EagerSteps(Steps):
@@ -128,8 +134,7 @@ class EagerSteps(Steps):
         images, labels = next(self.batches)
         trainer = self.trainer
         if trainer.schedule is not None:
-            factor = trainer.schedule(self.step, self.total)
-            trainer.optimizer.lr = trainer.base_lr * factor
+            trainer.optimizer.lrs = trainer.scheduled_lrs(self.step, self.total)
         self._train(images, labels)
         self.tally.count(len(labels))
         self.step += 1
@@ -169,11 +174,16 @@ class CapturedSteps(Steps):
         # a set that does not fit streams through a window, in the order of the epoch
         self.window = Window(loader) if loader.resident() is None else None
         self.held = self.window or loader.resident()
-        self.gather = loader.dataset.images.dtype == np.uint8
+        dataset = loader.dataset
+        # images that are their own targets have to be there for the loss, too
+        self.made = not dataset.has_classes and dataset.own_images
+        self.gather = dataset.images.dtype == np.uint8 and not self.made
+        order = empty(len(dataset), "int32", device)
         self.feed = Feed(
-            order=empty(len(loader.dataset), "int32", device),
+            order=order,
             position=empty(2, "int32", device),
-            classes=self.held.labels,
+            # numbers are gathered by the step: any ints of this length do for labels
+            classes=self.held.labels if dataset.has_classes else order,
             index=empty(loader.batch_size, "int32", device),
             labels=empty(loader.batch_size, "int32", device),
             rates=None,
@@ -200,8 +210,10 @@ class CapturedSteps(Steps):
             self.parameters_changed()
         rates = self.feed.rates
         if trainer.schedule is not None and rates is None:
-            table = [trainer.base_lr * trainer.schedule(i, total) for i in range(total)]
-            rates = Tensor(np.array(table, np.float32), loader.device)
+            table = [trainer.scheduled_lrs(i, total) for i in range(total)]
+            shape = total, *trainer.optimizer.lr_tensor.shape
+            rates = np.array(table, np.float32).reshape(shape)
+            rates = Tensor(rates, loader.device)
         self.feed = self.feed._replace(rates=rates, lr=trainer.optimizer.lr_tensor)
         self.feed.position.copy_(np.array([done, self.step], np.int32))
         if self.window is None:
@@ -248,7 +260,10 @@ class CapturedSteps(Steps):
         return self.objective.pack_filters(shape, self.gather)
 
     def _partial_step(self, packed=()):
-        return self.trainer.optimizer.partial_step(packed) if self.fused else None
+        # the length of the gradient is known only once its parts are added up
+        if not self.fused or self.trainer.clip_grad_norm is not None:
+            return None
+        return self.trainer.optimizer.partial_step(packed)
 
     def _record(self, graph, count):
         updates = graph.keep
@@ -265,10 +280,10 @@ class CapturedSteps(Steps):
             return
         if self.step:
             # what the device read from the table, for whoever looks at optimizer.lr
-            factor = trainer.schedule(self.step - 1, self.total)
-            trainer.optimizer.lr = trainer.base_lr * factor
+            trainer.optimizer.lrs = trainer.scheduled_lrs(self.step - 1, self.total)
         # also where no step used what was laid out
-        self.ops.fill(trainer.optimizer.lr_tensor, trainer.optimizer.lr)
+        for group in trainer.optimizer.param_groups:
+            self.ops.fill(group.lr_tensor, group.lr)
 
     def _whole_steps(self, count, updates, recording=False):
         for update in updates:
@@ -282,7 +297,14 @@ class CapturedSteps(Steps):
             dataset.scale,
             dataset.shift,
         )
-        self._train(images, feed.labels[:count], update, recording, feed)
+        if self.made:
+            images = images.made()
+        labels = feed.labels[:count]
+        if not dataset.has_classes:
+            labels = gather_targets(
+                self.ops, dataset, self.held.labels, feed.index[:count], images
+            )
+        self._train(images, labels, update, recording, feed)
 
     def _signature(self):
         trainer = self.trainer

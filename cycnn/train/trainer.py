@@ -7,6 +7,7 @@ is never idle.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -16,11 +17,13 @@ import time
 import numpy as np
 
 from .. import random, shapes
-from ..data import ArrayDataset, DataLoader
+from ..data import ArrayDataset, DataLoader, TargetDataset
 from ..errors import DataError, ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential, Softmax
 from ..nn.inference import BATCH, turn
+from ..nn.loss import ClassLoss
 from ..ops import for_device
+from ..optim.optimizer import checked
 from ..tensor import Tensor, zeros
 from . import checkpoint
 from .history import EpochRecord, History
@@ -45,7 +48,10 @@ class Tally:
         device = loader.device
         self._ops = for_device(device)
         self._batch_size = loader.batch_size
-        self._classes = int(loader.dataset.labels.max(initial=-1)) + 1
+        # no classes: nothing is right or wrong, there is a loss alone
+        self._classes = None
+        if loader.dataset.has_classes:
+            self._classes = int(loader.dataset.labels.max(initial=-1)) + 1
         self._loss_sum = zeros((), device=device)
         self._rest = zeros((), device=device)
         self._hits = zeros((), "int32", device)
@@ -62,7 +68,7 @@ class Tally:
 
         The kernels of a GPU make such a loss NaN: they cannot raise.
         """
-        if scores.shape[-1] < self._classes:
+        if self._classes is not None and scores.shape[-1] < self._classes:
             raise DataError(
                 f"the data set has labels up to {self._classes - 1}, and the model gives "
                 f"{scores.shape[-1]} scores an image: it needs {self._classes}"
@@ -74,6 +80,11 @@ class Tally:
         """
         full = len(labels) == self._batch_size
         total = self._loss_sum if full else self._rest
+        if self._classes is None:
+            self._ops.add(total, losses, total)
+            if feed is not None:
+                self._ops.begin_step(feed)
+            return
         given = losses, scores, labels, total, self._hits
         if feed is None:
             self._ops.tally(*given)
@@ -88,14 +99,18 @@ class Tally:
             self._rest_count = images
 
     def read(self):
-        """Mean loss and share of hits so far. Waits for the device."""
+        """Mean loss and share of hits so far. Waits for the device.
+
+        The latter is None where there are no classes.
+        """
         count = self._full * self._batch_size + self._rest_count
+        classifies = self._classes is not None
         if not count:
-            return float("nan"), float("nan")
+            return float("nan"), float("nan") if classifies else None
         total = float(self._loss_sum) * self._batch_size
         if self._rest_count:
             total += float(self._rest) * self._rest_count
-        return total / count, int(self._hits) / count
+        return total / count, int(self._hits) / count if classifies else None
 
     def state(self) -> dict:
         """Everything, as numbers that JSON keeps exactly."""
@@ -153,16 +168,19 @@ class _InterruptGuard:
 
 
 class Trainer:
-    """Trains a classifier and says how good it is.
+    """Trains a classifier, or a model of numbers, and says how good it is.
 
     Parameters
     ----------
     model : nn.Layer
-        Maps images (N, C, H, W) to scores (N, classes). Training runs on the device
+        Maps images (N, C, H, W) to scores (N, classes), or to numbers of the shape of
+        a :class:`~cycnn.data.TargetDataset`'s targets. Training runs on the device
         that it is on.
-    loss : nn.NLLLoss or nn.CrossEntropyLoss
+    loss : nn.NLLLoss, nn.CrossEntropyLoss, nn.MSELoss ...
         Whatever fits the model's output: NLLLoss for a model that ends in LogSoftmax,
-        CrossEntropyLoss for one that ends in plain scores.
+        CrossEntropyLoss for one that ends in plain scores; for numbers MSELoss, L1Loss,
+        SmoothL1Loss or BCEWithLogitsLoss. The loss of an epoch is the mean of those of
+        its batches, weighted by their images.
     optimizer : optim.Optimizer
         Of the model's parameters. Its learning rate at this moment is the base that
         the schedule multiplies.
@@ -177,6 +195,14 @@ class Trainer:
     fuse : bool, optional
         Train with fused layers, see :func:`cycnn.nn.fuse`: the same results up to
         rounding, faster. Default: on a GPU.
+    clip_grad_norm : float, optional
+        The longest that the gradient of a step, of all parameters as one vector, may
+        be: :meth:`cycnn.optim.Optimizer.clip_grad_norm`. Gradients are then summed
+        ahead of the update, not in it.
+    average : optim.EMA, optional
+        Updated after each step. :meth:`fit` tests, and :meth:`evaluate`,
+        :meth:`predict` and :meth:`predict_proba` compute, with its averages instead of
+        the model's parameters.
 
     Attributes
     ----------
@@ -201,15 +227,27 @@ class Trainer:
     """
 
     def __init__(
-        self, model, loss, optimizer, schedule=None, capture=None, fuse=None
+        self,
+        model,
+        loss,
+        optimizer,
+        schedule=None,
+        capture=None,
+        fuse=None,
+        clip_grad_norm=None,
+        average=None,
     ):
+        if clip_grad_norm is not None:
+            clip_grad_norm = checked("clip_grad_norm", clip_grad_norm, positive=True)
+        self.clip_grad_norm = clip_grad_norm
+        self.average = average
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.schedule = schedule
         self.capture = capture
         self.fuse = fuse
-        self.base_lr = optimizer.lr
+        self.base_lrs = optimizer.lrs
         self.history = History()
         self.epoch = self.step = 0
         self.epochs = self.steps_per_epoch = 0
@@ -223,6 +261,16 @@ class Trainer:
         self._seconds = 0.0
         self._started = None
         self._stopped = False
+
+    @property
+    def base_lr(self) -> float:
+        """What the schedule multiplies; of several groups, the first one's."""
+        return self.base_lrs[0]
+
+    def scheduled_lrs(self, step, total_steps) -> list:
+        """The learning rate of each group of parameters at a step of the run."""
+        factor = self.schedule(step, total_steps)
+        return [base * factor for base in self.base_lrs]
 
     # training
 
@@ -247,6 +295,7 @@ class Trainer:
         Parameters
         ----------
         train : data.ArrayDataset
+            Or a :class:`~cycnn.data.TargetDataset`, for a loss of numbers.
         epochs : int
             Epochs of the whole run; the schedule spans them all.
         batch_size : int
@@ -285,6 +334,9 @@ class Trainer:
             )
         if len(train) == 0:
             raise ValueError("the training set is empty")
+        self._check_targets(train)
+        if test is not None:
+            self._check_targets(test)
         if seed is None:
             seed = self.seed if self.seed is not None else random.draw_seed()
         self._check_order(seed, bool(shuffle), batch_size, len(train))
@@ -342,6 +394,14 @@ class Trainer:
             "accuracy": accuracy,
             "images_per_second": images / self._elapsed(),
         }
+
+    def _check_targets(self, dataset):
+        # a fused kernel would take the bits of numbers for class indices
+        if isinstance(dataset, TargetDataset) and isinstance(self.loss, ClassLoss):
+            raise TypeError(
+                f"{self.loss!r} is of class indices, {dataset!r} has numbers: give an "
+                f"ArrayDataset, or a loss of numbers such as MSELoss"
+            )
 
     def _check_order(self, seed, shuffle, batch_size, images):
         order = {
@@ -453,13 +513,14 @@ class Trainer:
         Returns
         -------
         dict
-            ``{"loss": float, "accuracy": float}``, accuracy from 0 to 1; NaN for an
-            empty set.
+            ``{"loss": float, "accuracy": float}``, accuracy from 0 to 1, or None for a
+            :class:`~cycnn.data.TargetDataset`; NaN for an empty set.
         """
+        self._check_targets(dataset)
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        with turn:
+        with turn, self._averaged():
             tally = Tally(loader)
             predictor = self._predictor()
             for images, labels in loader:
@@ -481,12 +542,13 @@ class Trainer:
             model was trained on.
         """
         parts = []
-        for scores in self._outputs(images):
-            if isinstance(scores, Tensor):
-                parts.append(for_device(scores.device).argmax(scores))
-            else:
-                shapes.check_scores("the model's output", scores.shape)
-                parts.append(scores.argmax(1).astype(np.int32))
+        with self._averaged():
+            for scores in self._outputs(images):
+                if isinstance(scores, Tensor):
+                    parts.append(for_device(scores.device).argmax(scores))
+                else:
+                    shapes.check_scores("the model's output", scores.shape)
+                    parts.append(scores.argmax(1).astype(np.int32))
         if not parts:
             return np.empty(0, np.int32)
         return np.concatenate([np.asarray(part) for part in parts])
@@ -504,16 +566,31 @@ class Trainer:
         """
         device, is_log = self.model.device, _ends_in_log_softmax(self.model)
         parts = []
-        for scores in self._outputs(images):
-            if isinstance(_last_layer(self.model), Softmax):
-                parts.append(np.array(scores))
-                continue
-            if not is_log:
-                scores = for_device(device).log_softmax_forward(Tensor(scores, device))
-            parts.append(np.exp(np.asarray(scores)))
+        with self._averaged():
+            for scores in self._outputs(images):
+                if isinstance(_last_layer(self.model), Softmax):
+                    parts.append(np.array(scores))
+                    continue
+                if not is_log:
+                    ops = for_device(device)
+                    scores = ops.log_softmax_forward(Tensor(scores, device))
+                parts.append(np.exp(np.asarray(scores)))
         if not parts:
             raise ShapeError("predict_proba needs at least one image, got none")
         return np.concatenate(parts)
+
+    @contextlib.contextmanager
+    def _averaged(self):
+        """A block in which the model has the averages, if there are any."""
+        if self.average is None:
+            yield
+            return
+        with turn:  # another thread must not meet them on their way back
+            if self.average.is_applied:
+                yield
+            else:
+                with self.average.applied():
+                    yield
 
     def _predictor(self):
         if self.fuse is False or self.capture is False:
@@ -549,26 +626,37 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "seed": self.seed,
-            "base_lr": self.base_lr,
+            "base_lr": self.base_lrs if len(self.base_lrs) > 1 else self.base_lr,
             "seconds": self._elapsed(),
             "order": self._order,
             "tally": self._tally_state(),
             "history": self.history.to_list(),
         }
-        checkpoint.save(path, self.model, self.optimizer, self.schedule, state)
+        checkpoint.save(
+            path, self.model, self.optimizer, self.schedule, state, self.average
+        )
 
     @classmethod
     def resume(
-        cls, path, model, loss, optimizer, schedule=None, capture=None, fuse=None
+        cls,
+        path,
+        model,
+        loss,
+        optimizer,
+        schedule=None,
+        capture=None,
+        fuse=None,
+        clip_grad_norm=None,
+        average=None,
     ) -> Trainer:
         """A trainer that goes on where the saved one stood.
 
         Parameters
         ----------
         path : path of a file that :meth:`save` wrote
-        model, loss, optimizer, schedule, capture, fuse
-            Made as for the saved run. Parameters and optimizer state are overwritten
-            by those of the file.
+        model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
+            Made as for the saved run. Parameters, optimizer state and averages are
+            overwritten by those of the file.
 
         Returns
         -------
@@ -584,12 +672,16 @@ class Trainer:
             changed then.
         FileNotFoundError
         """
-        state = checkpoint.load(path, model, optimizer, schedule)
-        trainer = cls(model, loss, optimizer, schedule, capture, fuse)
+        averages = () if average is None else (average,)
+        state = checkpoint.load(path, model, optimizer, schedule, *averages)
+        trainer = cls(
+            model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
+        )
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]
-        trainer.base_lr = state["base_lr"]
+        base = state["base_lr"]
+        trainer.base_lrs = base if isinstance(base, list) else [base]
         trainer.history = History.from_list(state["history"])
         trainer._seconds = state["seconds"]
         trainer._order = state["order"]
