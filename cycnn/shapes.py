@@ -240,6 +240,68 @@ def check_maxpool2d_backward(
     _equal("positions", positions_shape, y_shape, "the shape of y")
 
 
+# layers side by side, padding
+
+
+def concat_output_shape(*part_shapes: tuple) -> tuple:
+    """(N, sum of C, ...) of parts (N, C, ...) that differ in C only.
+
+    Raises
+    ------
+    ShapeError
+        If they do not fit; both shapes are named.
+    """
+    first = part_shapes[0]
+    for i, shape in enumerate(part_shapes):
+        if len(shape) < 2:
+            raise ShapeError(
+                f"part {i} has shape {tuple(shape)}: expected (N, C) or more axes"
+            )
+        if (shape[0], *shape[2:]) != (first[0], *first[2:]):
+            raise ShapeError(
+                f"part 0 has shape {tuple(first)} and part {i} {tuple(shape)}: only "
+                f"their channels, axis 1, may differ"
+            )
+    return first[0], sum(shape[1] for shape in part_shapes), *first[2:]
+
+
+def check_concat_backward(dy_shape: tuple, channels) -> None:
+    """Parts of so many channels make up dy (N, C, ...)."""
+    if len(dy_shape) < 2 or sum(channels) != dy_shape[1]:
+        raise ShapeError(
+            f"dy has shape {tuple(dy_shape)}: expected {sum(channels)} channels, those "
+            f"of parts with {', '.join(map(str, channels))}"
+        )
+
+
+def zero_pad2d_output_shape(x_shape: tuple, padding: tuple) -> tuple:
+    """(N, C, top + H + bottom, left + W + right); padding: left, right, top, bottom.
+
+    Raises
+    ------
+    ShapeError
+        If a padding is negative.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    _at_least("padding", padding, 0)
+    left, right, top, bottom = padding
+    return n, c, top + h + bottom, left + w + right
+
+
+def zero_pad2d_input_shape(y_shape: tuple, padding: tuple) -> tuple:
+    """(N, C, H, W) of what was padded to ``y_shape``."""
+    n, c, h, w = _axes("dy", y_shape, "NCHW")
+    _at_least("padding", padding, 0)
+    left, right, top, bottom = padding
+    h, w = h - top - bottom, w - left - right
+    if h < 0 or w < 0:
+        raise ShapeError(
+            f"dy has shape {tuple(y_shape)}: too small for a padding of "
+            f"{tuple(padding)} (left, right, top, bottom)"
+        )
+    return n, c, h, w
+
+
 # scores, labels, gathering
 
 

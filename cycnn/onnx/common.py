@@ -42,6 +42,8 @@ def output_shape(layer, shape: tuple) -> tuple:
         return shapes.pool2d_output_shape(shape, *settings)
     if isinstance(layer, nn.Linear):
         return shapes.linear_output_shape(shape, layer.weight.shape)
+    if isinstance(layer, nn.ZeroPad2d):
+        return shapes.zero_pad2d_output_shape(shape, layer.padding)
     if isinstance(layer, nn.Flatten):
         return shape[0], math.prod(shape[1:])
     if isinstance(layer, nn.LogSoftmax):

@@ -437,3 +437,13 @@ def end_step(losses, scores, labels, loss_sum, hits, feed):
     """The tally of a step, then the next step's batch and learning rate."""
     tally(losses, scores, labels, loss_sum, hits)
     begin_step(feed)
+
+
+# operations of other modules, which take their helpers from this one
+
+from .cpu_blocks import (  # noqa: E402, F401
+    concat_backward,
+    concat_forward,
+    zero_pad2d_backward,
+    zero_pad2d_forward,
+)

@@ -899,3 +899,13 @@ def _lay_out(feed, tally_arguments, dependent=False):
         *feed, feed.index.size, feed.order.size,
         0 if feed.rates is None else feed.rates.size, dependent=dependent,
     )  # fmt: skip
+
+
+# operations of other modules, which take their helpers from this one
+
+from .cuda_blocks import (  # noqa: E402, F401
+    concat_backward,
+    concat_forward,
+    zero_pad2d_backward,
+    zero_pad2d_forward,
+)
