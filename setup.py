@@ -195,7 +195,7 @@ class BuildExt(build_ext):
         elif not openmp:
             say("this compiler has no OpenMP: the CPU operations will use one core")
         for extension in self.extensions:
-            loops = extension.name == "cycnn.ops._cpu"
+            loops = extension.name.startswith("cycnn.ops._cpu")
             # What follows the compiler's own flags wins; a person's CFLAGS shall too.
             if self.compiler.compiler_type == "unix" and not os.environ.get("CFLAGS"):
                 extension.extra_compile_args += ["-g0", "-O3" if loops else "-O2"]

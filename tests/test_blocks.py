@@ -224,7 +224,7 @@ def test_names_and_files(tmp_path):
     model = network().to("cpu")
     assert list(model.state_dict()) == [
         f"{name}.{kind}"
-        for name in "0 2.body.0 2.body.2.body.0 2.shortcut.0 4.1.0 8".split()
+        for name in ["0", "2.body.0", "2.body.2.body.0", "2.shortcut.0", "4.1.0", "8"]
         for kind in ("weight", "bias")
     ]
     x = floats(2, 1, 6, 6)

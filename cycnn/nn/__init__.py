@@ -4,6 +4,7 @@ from . import init
 from .activation import LogSoftmax, ReLU, Sigmoid
 from .blocks import Concat, Residual
 from .conv import Conv2d
+from .conv_transpose import ConvTranspose2d
 from .fuse import Objective, fuse
 from .inference import Predictor
 from .layer import Layer
@@ -19,6 +20,7 @@ from .sequential import Sequential
 __all__ = [
     "Concat",
     "Conv2d",
+    "ConvTranspose2d",
     "CrossEntropyLoss",
     "Flatten",
     "Layer",

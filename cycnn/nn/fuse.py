@@ -21,6 +21,7 @@ from ..tensor import empty
 from .activation import LogSoftmax, ReLU, Sigmoid
 from .blocks import Concat, Residual
 from .conv import Conv2d
+from .conv_transpose import ConvTranspose2d
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
@@ -974,6 +975,8 @@ def _output_shape(layer, shape):
             layer.dilation,
             layer.groups,
         )
+    if kind is ConvTranspose2d:
+        return layer.output_shape(shape)
     if kind is Linear:
         return shapes.linear_output_shape(shape, layer.weight.shape)
     if kind is MaxPool2d:

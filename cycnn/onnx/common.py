@@ -37,6 +37,8 @@ def output_shape(layer, shape: tuple) -> tuple:
     if isinstance(layer, nn.Conv2d):
         settings = layer.stride, layer.padding, layer.dilation, layer.groups
         return shapes.conv2d_output_shape(shape, layer.weight.shape, *settings)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return layer.output_shape(shape)
     if isinstance(layer, nn.MaxPool2d):
         settings = layer.kernel_size, layer.stride, layer.padding
         return shapes.pool2d_output_shape(shape, *settings)

@@ -37,6 +37,7 @@ def _with_threads_that_sleep(name):
 
 
 _cpu = _with_threads_that_sleep("._cpu")
+_cpu_depthwise = importlib.import_module("._cpu_depthwise", __package__)
 
 _FLOAT32, _INT32, _UINT8 = (np.dtype(name) for name in ("float32", "int32", "uint8"))
 
@@ -178,6 +179,13 @@ def _no_gradients(dweight, dbias, accumulate):
 # convolution and pooling
 
 
+def _convolution(x_shape, w_shape, y_shape, stride, padding, dilation, groups):
+    """The loops for a geometry."""
+    depthwise = groups > 1 and w_shape[1] == 1
+    kind = _cpu_depthwise.Depthwise if depthwise else _cpu.Convolution
+    return kind(x_shape, w_shape, y_shape, stride, padding, dilation, groups)
+
+
 def conv2d_forward(
     x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ):
@@ -188,7 +196,7 @@ def conv2d_forward(
     )
     y = _cpu.empty(shape, _FLOAT32)
     if y.size:
-        conv = _cpu.Convolution(
+        conv = _convolution(
             x.shape, weight.shape, shape, stride, padding, dilation, groups
         )
         conv.forward(_flat(x), _flat(weight), bias, _flat(y))
@@ -225,7 +233,7 @@ def conv2d_backward(
     if not dy.size:
         _no_gradients(dweight, dbias, accumulate)
         return from_array(np.zeros_like(x)) if need_dx else None
-    conv = _cpu.Convolution(
+    conv = _convolution(
         x.shape, weight.shape, dy.shape, stride, padding, dilation, groups
     )
     conv.gradient_weight(_flat(dy), _flat(x), _flat(dweight), dbias, accumulate)
@@ -441,9 +449,13 @@ def end_step(losses, scores, labels, loss_sum, hits, feed):
 
 # operations of other modules, which take their helpers from this one
 
-from .cpu_blocks import (  # noqa: E402, F401
+from .cpu_blocks import (  # noqa: F401
     concat_backward,
     concat_forward,
     zero_pad2d_backward,
     zero_pad2d_forward,
+)
+from .cpu_conv_transpose import (  # noqa: F401
+    conv_transpose2d_backward,
+    conv_transpose2d_forward,
 )

@@ -397,7 +397,7 @@ def linear_backward(dy, x, weight, dweight, dbias, need_dx=True, accumulate=Fals
 # convolution
 
 _im2col = Kernel("conv", "im2col", "PPiiiiiiiiiiiiiiq")
-_col2im = Kernel("conv", "col2im", "PPiiiiiiiiiiiiiiq")
+_col2im = Kernel("conv", "col2im", "PPPiiiiiiiiiiiiiiq")
 
 
 class _Unrolled:
@@ -482,6 +482,8 @@ def _conv_forward_plan(
 def conv2d_forward(
     x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ):
+    if _depthwise.is_depthwise(weight.shape, groups):
+        return _depthwise.forward(x, weight, bias, stride, padding, dilation, groups)
     device = x.device
     gpu = _get(device.index)
     y_shape, column_shape, steps = _conv_forward_plan(
@@ -570,6 +572,11 @@ def conv2d_backward(
     need_dx=True,
     accumulate=False,
 ):
+    if _depthwise.is_depthwise(weight.shape, groups):
+        return _depthwise.backward(
+            dy, x, weight, dweight, dbias, stride, padding, dilation, groups, need_dx,
+            accumulate,
+        )  # fmt: skip
     device = x.device
     gpu = _get(device.index)
     column_shape, steps = _conv_backward_plan(
@@ -611,7 +618,9 @@ def conv2d_backward(
             # the column matrix has been used, its gradient takes its place
             for_dcolumn.run(gpu, column, weight, dy_part)
             grid, numbers = fold
-            _col2im(gpu.compute, grid, _BLOCK, dx_part, column, *numbers)
+            _col2im(
+                gpu.compute, grid, _BLOCK, dx_part, column, None, *numbers
+            )
     return dx
 
 
@@ -903,9 +912,14 @@ def _lay_out(feed, tally_arguments, dependent=False):
 
 # operations of other modules, which take their helpers from this one
 
-from .cuda_blocks import (  # noqa: E402, F401
+from . import cuda_depthwise as _depthwise
+from .cuda_blocks import (  # noqa: F401
     concat_backward,
     concat_forward,
     zero_pad2d_backward,
     zero_pad2d_forward,
+)
+from .cuda_conv_transpose import (  # noqa: F401
+    conv_transpose2d_backward,
+    conv_transpose2d_forward,
 )

@@ -677,9 +677,13 @@ def gather_labels(labels, index):
 
 # operations of other modules, which take their helpers from this one
 
-from .reference_blocks import (  # noqa: E402, F401
+from .reference_blocks import (  # noqa: F401
     concat_backward,
     concat_forward,
     zero_pad2d_backward,
     zero_pad2d_forward,
+)
+from .reference_conv_transpose import (  # noqa: F401
+    conv_transpose2d_backward,
+    conv_transpose2d_forward,
 )
