@@ -1,11 +1,11 @@
 // Numbers that only change their place: parts of rows, for joining channels and taking
 // them apart, and images in a larger or smaller frame.
 //
-//   concat      y[n, C_0 + ... + C_(i-1) + c, ...] = x_i[n, c, ...], and dx_i is cut out
-//               of dy at the same place. An image's channels lie one behind the other,
-//               so a part of them is one run of numbers of the image's row.
-//   zero pad    y[n,c,h,w] = x[n, c, h - top, w - left] or 0, and dx the same of dy with
-//               -top, -left, where nothing falls outside.
+//   concat      y[n, C_0 + ... + C_(i-1) + c, ...] = x_i[n, c, ...], and dx_i is cut
+//               out of dy at the same place. An image's channels lie one behind the
+//               other, so a part of them is one run of numbers of the image's row.
+//   zero pad    y[n,c,h,w] = x[n, c, h - top, w - left] or 0, and dx the same of dy
+//               with -top, -left, where nothing falls outside.
 #include "common.cuh"
 
 // target[n, target_at + i] = source[n, source_at + i] for i < count.

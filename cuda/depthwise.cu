@@ -169,8 +169,8 @@ DEVICE void backward_data(float* __restrict__ dx,            // (N, C, H, W)
 }
 
 // Parts of dweight: partial[part, k, r, s] sums over the part's `images` images. Every
-// thread takes each 256th of their pixels, for all taps at once; SIZE 0: for the one tap
-// of the block. The sums of the threads are joined in a fixed order.
+// thread takes each 256th of their pixels, for all taps at once; SIZE 0: for the one
+// tap of the block. The sums of the threads are joined in a fixed order.
 constexpr int WEIGHT_BLOCK = 256;
 
 template <int SIZE, int STEP>
@@ -231,35 +231,35 @@ DEVICE void backward_weight(float* __restrict__ partial,   // (parts, C * each, 
   partial[((int64)blockIdx.y * K + k) * (SIZE ? taps : R * S) + tap] = total;
 }
 
-// forward: grid (blocks over C * each * ceil(P / rows) * Q, images or fewer), where rows
-// is 1 for "any", else ROWS.
+// forward: grid (blocks over C * each * ceil(P / rows) * Q, images or fewer), where
+// rows is 1 for "any", else ROWS.
 // backward_data: grid (blocks over C * ceil(H / rows) * W, images or fewer), where rows
 // is 1 for "any" and for stride 2, else ROWS.
 // backward_weight: grid (C * each, parts, R S for "any", else 1), WEIGHT_BLOCK threads.
-#define DEPTHWISE(NAME, SIZE, STEP)                                                     \
-  extern "C" __global__ void depthwise_forward_##NAME(                                  \
-      float* y, const float* x, const float* weight, const float* bias, int N, int C,   \
-      int each, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,   \
-      int pad_h, int pad_w, int dilation_h, int dilation_w) {                           \
-    forward<SIZE, STEP>(y, x, weight, bias, N, C, each, H, W, R, S, P, Q, stride_h,     \
-                        stride_w, pad_h, pad_w, dilation_h, dilation_w);                \
-  }                                                                                     \
-  extern "C" __global__ void depthwise_backward_data_##NAME(                            \
-      float* dx, const float* dy, const float* weight, const float* bias, int N, int C, \
-      int each, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,   \
-      int pad_h, int pad_w, int dilation_h, int dilation_w) {                           \
-    backward_data<SIZE, STEP>(dx, dy, weight, bias, N, C, each, H, W, R, S, P, Q,       \
-                              stride_h, stride_w, pad_h, pad_w, dilation_h,             \
-                              dilation_w);                                              \
-  }                                                                                     \
-  extern "C" __global__ __launch_bounds__(WEIGHT_BLOCK) void                            \
-      depthwise_backward_weight_##NAME(                                                 \
-          float* partial, const float* dy, const float* x, int images, int N, int C,    \
-          int each, int H, int W, int R, int S, int P, int Q, int stride_h,             \
-          int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w) {         \
-    backward_weight<SIZE, STEP>(partial, dy, x, images, N, C, each, H, W, R, S, P, Q,   \
-                                stride_h, stride_w, pad_h, pad_w, dilation_h,           \
-                                dilation_w);                                            \
+#define DEPTHWISE(NAME, SIZE, STEP)                                                    \
+  extern "C" __global__ void depthwise_forward_##NAME(                                 \
+      float* y, const float* x, const float* weight, const float* bias, int N, int C,  \
+      int each, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,  \
+      int pad_h, int pad_w, int dilation_h, int dilation_w) {                          \
+    forward<SIZE, STEP>(y, x, weight, bias, N, C, each, H, W, R, S, P, Q, stride_h,    \
+                        stride_w, pad_h, pad_w, dilation_h, dilation_w);               \
+  }                                                                                    \
+  extern "C" __global__ void depthwise_backward_data_##NAME(                           \
+      float* dx, const float* dy, const float* weight, const float* bias, int N, int C,\
+      int each, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,  \
+      int pad_h, int pad_w, int dilation_h, int dilation_w) {                          \
+    backward_data<SIZE, STEP>(dx, dy, weight, bias, N, C, each, H, W, R, S, P, Q,      \
+                              stride_h, stride_w, pad_h, pad_w, dilation_h,            \
+                              dilation_w);                                             \
+  }                                                                                    \
+  extern "C" __global__ __launch_bounds__(WEIGHT_BLOCK) void                           \
+      depthwise_backward_weight_##NAME(                                                \
+          float* partial, const float* dy, const float* x, int images, int N, int C,   \
+          int each, int H, int W, int R, int S, int P, int Q, int stride_h,            \
+          int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w) {        \
+    backward_weight<SIZE, STEP>(partial, dy, x, images, N, C, each, H, W, R, S, P, Q,  \
+                                stride_h, stride_w, pad_h, pad_w, dilation_h,          \
+                                dilation_w);                                           \
   }
 
 DEPTHWISE(3_1, 3, 1)

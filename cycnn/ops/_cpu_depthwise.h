@@ -1,8 +1,8 @@
 /* The rows of a depth-wise convolution, for _cpu_depthwise.pyx.
 
-   Planes are padded, so no row asks where an image ends. The usual filters, of three or
-   five columns and without stride or dilation, have loops of their own, which a compiler
-   turns into vectors; the sums of each number run in one order whatever the loop. */
+   Planes are padded, so no row asks where an image ends. The usual filters, of three
+   or five columns and without stride or dilation, have loops of their own, which a
+   compiler turns into vectors. */
 
 #ifndef CYCNN_CPU_DEPTHWISE_H
 #define CYCNN_CPU_DEPTHWISE_H

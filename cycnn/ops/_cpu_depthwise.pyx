@@ -2,9 +2,9 @@
 # cython: initializedcheck=False, cdivision=True
 """Depth-wise convolution for :mod:`cycnn.ops.cpu`: each channel by filters of its own.
 
-As a matrix product it would have one row for each channel and read everything R S times.
-Here each plane is one piece of work, which one thread does in one order, so the number
-of threads does not change a bit of the result. Arguments are flat views of C-contiguous
+As a matrix product it would have one row for each channel and read everything R S
+times. Here each plane is one piece of work, which one thread does in one order, so the
+number of threads does not change a bit of the result. Arguments are flat views of C-contiguous
 arrays, checked by the caller, never empty.
 """
 
