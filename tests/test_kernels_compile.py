@@ -35,8 +35,8 @@ print(json.dumps(made))
 LETTERS = {"int": "i", "uint32": "u", "int64": "q", "uint64": "Q", "float": "f"}
 PTX_TYPES = {"P": "u64", "i": "u32", "u": "u32", "q": "u64", "Q": "u64", "f": "f32"}
 LIBRARIES = (
-    "blocks", "conv", "data", "depthwise", "elementwise", "gemm", "maxpool", "optim",
-    "reduce", "softmax",
+    "augment", "blocks", "conv", "data", "depthwise", "elementwise", "gemm", "maxpool",
+    "optim", "reduce", "softmax",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .augment import Augment
 from .cifar10 import CLASSES as CIFAR10_CLASSES
 from .cifar10 import cifar10
 from .dataset import ArrayDataset
@@ -15,6 +16,7 @@ from .statistics import channel_statistics
 __all__ = [
     "CIFAR10_CLASSES",
     "ArrayDataset",
+    "Augment",
     "DataLoader",
     "channel_statistics",
     "cifar10",

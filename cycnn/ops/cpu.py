@@ -449,6 +449,11 @@ def end_step(losses, scores, labels, loss_sum, hits, feed):
 
 # operations of other modules, which take their helpers from this one
 
+from .cpu_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    samples_of_step,
+)
 from .cpu_blocks import (  # noqa: F401
     concat_backward,
     concat_forward,

@@ -913,6 +913,11 @@ def _lay_out(feed, tally_arguments, dependent=False):
 # operations of other modules, which take their helpers from this one
 
 from . import cuda_depthwise as _depthwise
+from .cuda_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    samples_of_step,
+)
 from .cuda_blocks import (  # noqa: F401
     concat_backward,
     concat_forward,

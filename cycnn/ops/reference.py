@@ -677,6 +677,13 @@ def gather_labels(labels, index):
 
 # operations of other modules, which take their helpers from this one
 
+from .reference_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    check_augment,
+    check_drawn,
+    samples_of_step,
+)
 from .reference_blocks import (  # noqa: F401
     concat_backward,
     concat_forward,

@@ -165,7 +165,18 @@ class CapturedSteps(Steps):
         # a set that does not fit streams through a window, in the order of the epoch
         self.window = Window(loader) if loader.resident() is None else None
         self.held = self.window or loader.resident()
-        self.gather = loader.dataset.images.dtype == np.uint8
+        self.preparation = loader.preparation
+        self.gather = (
+            loader.dataset.images.dtype == np.uint8 and self.preparation is None
+        )
+        # what an epoch draws its random numbers with, where recorded kernels find it
+        self.key = None
+        if self.preparation is not None:
+            self.key = self.preparation.key_of(0)
+        # the numbers of the epoch's images, where the order holds places of the window
+        self.samples = None
+        if self.window is not None and self.preparation is not None:
+            self.samples = empty(len(loader.dataset), "int32", device)
         self.feed = Feed(
             order=empty(len(loader.dataset), "int32", device),
             position=empty(2, "int32", device),
@@ -200,11 +211,15 @@ class CapturedSteps(Steps):
             rates = Tensor(np.array(table, np.float32), loader.device)
         self.feed = self.feed._replace(rates=rates, lr=trainer.optimizer.lr_tensor)
         self.feed.position.copy_(np.array([done, self.step], np.int32))
+        if self.key is not None:
+            self.key.copy_(self.preparation.key_of(epoch))
         if self.window is None:
             self.feed.order.copy_(loader.order(epoch))
         else:
             self.feed.order.copy_(self.window.order())
             self.window.begin(epoch, done)
+            if self.samples is not None:
+                self.samples.copy_(loader.order(epoch))
             self.window.reach(done, done + loader.batch_size)
         self.ops.begin_step(self.feed)
 
@@ -271,14 +286,21 @@ class CapturedSteps(Steps):
             self._whole_step(count, update, recording)
 
     def _whole_step(self, count, update, recording):
+        feed = self.feed
+        self._train(self._images(count), feed.labels[:count], update, recording, feed)
+
+    def _images(self, count):
+        """The images of a step, which the first layer may be left to make."""
         dataset, feed = self.loader.dataset, self.feed
-        images = fused.Gather(
-            self.held.images,
-            feed.index[:count],
-            dataset.scale,
-            dataset.shift,
-        )
-        self._train(images, feed.labels[:count], update, recording, feed)
+        index = feed.index[:count]
+        if self.preparation is None:
+            return fused.Gather(self.held.images, index, dataset.scale, dataset.shift)
+        samples = index
+        if self.samples is not None:
+            samples = self.ops.samples_of_step(
+                self.samples, feed.position, feed.index.size, count
+            )
+        return self.preparation.batch(self.key, self.held.images, index, samples)
 
     def _signature(self):
         trainer = self.trainer
