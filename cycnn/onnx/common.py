@@ -46,6 +46,19 @@ def output_shape(layer, shape: tuple) -> tuple:
         return shapes.linear_output_shape(shape, layer.weight.shape)
     if isinstance(layer, nn.ZeroPad2d):
         return shapes.zero_pad2d_output_shape(shape, layer.padding)
+    if isinstance(layer, nn.Sequential):
+        for part in layer:
+            shape = output_shape(part, shape)
+        return shape
+    if isinstance(layer, nn.Residual):
+        ways = [layer.body, layer.shortcut or nn.Sequential()]
+        made = [output_shape(way, shape) for way in ways]
+        shapes.check_same(body=made[0], shortcut=made[1])
+        return made[0]
+    if isinstance(layer, nn.Concat):
+        return shapes.concat_output_shape(
+            *[output_shape(branch, shape) for branch in layer]
+        )
     if isinstance(layer, nn.Flatten):
         return shape[0], math.prod(shape[1:])
     if isinstance(layer, nn.LogSoftmax):

@@ -43,8 +43,10 @@ _backward_weight = {
 
 def is_depthwise(w_shape, groups) -> bool:
     """Whether these kernels compute a convolution with such a weight."""
+    if groups < 2 or len(w_shape) != 4 or w_shape[1] != 1:
+        return False
     # a grid has the taps of a filter on its last axis
-    return groups > 1 and w_shape[1] == 1 and w_shape[2] * w_shape[3] <= _MAX_GRID
+    return w_shape[2] * w_shape[3] <= _MAX_GRID
 
 
 class _Plan:

@@ -110,4 +110,4 @@ def test_fused_blocks_train_as_their_layers():
     fused, *_ = trained(True, True)
     for name, value in plain.model.state_dict().items():
         found = fused.model.state_dict()[name]
-        np.testing.assert_allclose(found, value, rtol=0, atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(found, value, rtol=0, atol=5e-3, err_msg=name)
