@@ -75,6 +75,22 @@ def test_zero_pad2d(case):
     )
 
 
+def test_add_relu():
+    x, y = floats(2, 3, 257), floats(2, 3, 257, seed=1)
+    x[0, 0, :3], y[0, 0, :3] = (np.nan, -1, 0.5), (1, 1, -0.5)
+    want = np.empty_like(x)
+    reference.add_relu(x, y, want)
+    a, b, out = on_cpu(x), on_cpu(y), on_cpu(np.full_like(x, 7))
+    cpu.add_relu(a, b, out)
+    np.testing.assert_array_equal(out.numpy(), want)
+    relu = cpu.relu_forward(on_cpu(x + y)).numpy()
+    np.testing.assert_array_equal(out.numpy().view(np.int32), relu.view(np.int32))
+    cpu.add_relu(a, b, a)
+    np.testing.assert_array_equal(a.numpy(), want)
+    with pytest.raises(ShapeError, match="y has shape"):
+        cpu.add_relu(a, on_cpu(floats(2, 3)), out)
+
+
 def test_reference_gradients():
     x, dy = normal(2, 2, 3, 2), normal(2, 2, 6, 5, seed=1)
     padding = (1, 2, 2, 1)
@@ -299,6 +315,9 @@ def test_runs_inside_of_blocks_are_fused(calls):  # noqa: F811
     runs = fused.runs()
     assert [len(run.parts) for run in runs] == [2, 2, 2, 1, 1, 1]
     assert fused.parameters() == model.parameters()
+    kinds = [type(layer).__name__ for layer in fused]
+    assert kinds[:3] == ["FusedConv2d", "FusedResidual", "FusedConcat"]
+    assert "+ ReLU()" in repr(fused[1])
     x, labels = floats(3, 1, 6, 6), np.array([0, 1, 2], np.int32)
     found = []
     for layer in model, fused:

@@ -47,12 +47,7 @@ class Residual(Layer):
         other = x if self.shortcut is None else self.shortcut(x)
         if y.shape != other.shape:
             raise _unequal(x.shape, y.shape, self.shortcut, other.shape)
-        # not in place: the body's last layer may remember its output, and a body that
-        # only reshapes gives x itself
-        out = empty(y.shape, device=y.device)
-        for_device(y.device).add(y, other, out)
-        self._saved = out.shape, out.device
-        return out
+        return self._sum(y, other)
 
     def backward(self, dy, input_grad=True, accumulate=False):
         """A sum passes its gradient on to both terms; x is in both, so theirs add up.
@@ -63,8 +58,7 @@ class Residual(Layer):
 
         and without a shortcut G is the identity: dx = F^T dy + dy.
         """
-        shape, device = self._remembered()
-        dy = as_gradient(self, dy, shape, device)
+        dy = self._gradient_of_sum(dy)
         dx = self.body.backward(dy, input_grad, accumulate)
         other = dy
         if self.shortcut is not None:
@@ -72,10 +66,23 @@ class Residual(Layer):
         self._saved = None
         if not input_grad:
             return None
-        # nor here: dx may be dy, which belongs to the caller
-        out = empty(dx.shape, device=device)
-        for_device(device).add(dx, other, out)
+        # not in place: dx may be dy, which belongs to the caller
+        out = empty(dx.shape, device=dx.device)
+        for_device(dx.device).add(dx, other, out)
         return out
+
+    def _sum(self, y, other):
+        """The output, from those of both ways."""
+        # not in place: the body's last layer may remember its output, and a body that
+        # only reshapes gives x itself
+        out = empty(y.shape, device=y.device)
+        for_device(y.device).add(y, other, out)
+        self._saved = out.shape, out.device
+        return out
+
+    def _gradient_of_sum(self, dy):
+        """The gradient by the sum, from that by the output: they are the same here."""
+        return as_gradient(self, dy, *self._remembered())
 
     def _forget(self):
         self._saved = None

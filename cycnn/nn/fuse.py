@@ -45,15 +45,16 @@ def fuse(model) -> Layer:
         For a Sequential, its layers with these runs replaced: Conv2d (of one group,
         without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
         padding), the last two if they are there; two of these, the first of few input
-        channels; Linear and ReLU. The same inside of Residual and Concat. Any other
-        model comes back unchanged, a Sequential with a forward of its own among them.
+        channels; Linear and ReLU; Residual and ReLU. The same inside of Residual and
+        Concat. Any other model comes back unchanged, a Sequential with a forward of
+        its own among them.
 
     Notes
     -----
     What a device has no fused kernel for, all of the CPU among it, runs as the layers
     that were replaced.
     """
-    if type(model) in _BLOCKS:
+    if type(model) in (Residual, Concat):
         return FusedSequential(model, _fused([model]))
     if not isinstance(model, Sequential) or (
         (type(model).forward, type(model).backward)
@@ -70,8 +71,13 @@ def _fused(layers) -> list:
         run = _conv_run(layers) or _linear_run(layers)
         if run is None:
             layer = layers.pop(0)
-            block = _BLOCKS.get(type(layer))
-            result.append(layer if block is None else block(layer))
+            if type(layer) is Residual:
+                relu = bool(layers) and type(layers[0]) is ReLU
+                del layers[:relu]
+                layer = FusedResidual(layer, relu)
+            elif type(layer) is Concat:
+                layer = FusedConcat(layer)
+            result.append(layer)
             continue
         del layers[: len(run.parts)]
         if result and _is_pair(result[-1], run):
@@ -642,12 +648,34 @@ class _Block:
 
 
 class FusedResidual(_Block, Residual):
-    """A Residual with fused ways."""
+    """A Residual with fused ways: y = relu(body(x) + shortcut(x)).
 
-    def __init__(self, block):
+    ReLU, which stands behind the block, may be missing.
+    """
+
+    def __init__(self, block, relu):
         # no pack(): the parameters belong to the block, and stay where they are
         self.body = _branch(block.body)
         self.shortcut = None if block.shortcut is None else _branch(block.shortcut)
+        self._relu = relu
+
+    def _sum(self, y, other):
+        if not self._relu:
+            return super()._sum(y, other)
+        out = empty(y.shape, device=y.device)
+        for_device(y.device).add_relu(y, other, out)
+        self._saved = out
+        return out
+
+    def _gradient_of_sum(self, dy):
+        if not self._relu:
+            return super()._gradient_of_sum(dy)
+        y = self._remembered()
+        dy = as_gradient(self, dy, y.shape, y.device)
+        return for_device(y.device).relu_backward(dy, y)
+
+    def __repr__(self):
+        return super().__repr__() + (" + ReLU()" if self._relu else "")
 
     def _joined(self, x_shape, made):
         shapes.check_same(body=made[0], shortcut=[*made, x_shape][1])
@@ -662,9 +690,6 @@ class FusedConcat(_Block, Concat):
 
     def _joined(self, x_shape, made):
         return shapes.concat_output_shape(*made)
-
-
-_BLOCKS = {Residual: FusedResidual, Concat: FusedConcat}
 
 
 def _collect(partials, layer, made) -> None:

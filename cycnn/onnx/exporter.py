@@ -188,8 +188,8 @@ def _operator(prefix, layer) -> tuple:
     known = ", ".join(kind.__name__ for kind in _OPERATORS)
     raise TypeError(
         f"{_named(prefix, layer)} cannot be written as ONNX, only {known}, Sequential, "
-        f"Residual and Concat can. Export the layers in front of it, and those behind it, as "
-        f"models of their own"
+        f"Residual and Concat can. Export the layers in front of it, and those behind "
+        f"it, as models of their own"
     )
 
 

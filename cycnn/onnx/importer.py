@@ -306,10 +306,11 @@ class _Reader:
 
     def _no_chain(self, node) -> DataError:
         return node.refused(
-            f"its input is {node.inputs[0] if node.inputs else ''!r}; the node in front "
-            f"of it gives {self.current!r}, which is used {self.uses[self.current]} "
-            f"times: only chains are supported, each value used once, by the next node, "
-            f"and branches of chains that one Add or Concat joins"
+            f"its input is {node.inputs[0] if node.inputs else ''!r}; the node in "
+            f"front of it gives {self.current!r}, which is used "
+            f"{self.uses[self.current]} times: only chains are supported, each value "
+            f"used once, by the next node, and branches of chains that one Add or "
+            f"Concat joins"
         )
 
     def _check_step(self, node):
@@ -472,8 +473,8 @@ class _Reader:
                 pads = [0, 0, *pads[:2], 0, 0, *pads[2:]]
         if value != 0 or len(pads) != 8 or any((*pads[:2], *pads[4:6])):
             raise node.refused(
-                f"pads {list(pads)} with {value}: only zeros around images (N, C, H, W) "
-                f"are supported"
+                f"pads {list(pads)} with {value}: only zeros around images "
+                f"(N, C, H, W) are supported"
             )
         _, _, top, left, _, _, bottom, right = pads
         self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))

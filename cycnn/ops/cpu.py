@@ -455,6 +455,7 @@ from .cpu_augment import (  # noqa: F401
     samples_of_step,
 )
 from .cpu_blocks import (  # noqa: F401
+    add_relu,
     concat_backward,
     concat_forward,
     zero_pad2d_backward,

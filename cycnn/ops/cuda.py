@@ -919,6 +919,7 @@ from .cuda_augment import (  # noqa: F401
     samples_of_step,
 )
 from .cuda_blocks import (  # noqa: F401
+    add_relu,
     concat_backward,
     concat_forward,
     zero_pad2d_backward,

@@ -7,10 +7,18 @@ import math
 from .. import shapes
 from ..gpu.launch import Kernel
 from ..tensor import empty_on_gpu
-from .cuda import _BLOCK, _FLOAT32, _MAX_GRID, _get, _images, ceil_div
+from .cuda import _BLOCK, _FLOAT32, _MAX_GRID, _get, _images, _vectors, ceil_div
 
+_add_relu = Kernel("elementwise", "add_relu", "PPPq")
 _copy_rows = Kernel("blocks", "copy_rows", "PPqqqqqq")
 _place = Kernel("blocks", "place", "PPqiiiiii")
+
+
+def add_relu(x, y, out):
+    shapes.check_same(x=x.shape, y=y.shape, out=out.shape)
+    n = x.size
+    if n:
+        _add_relu(_get(x.device.index).compute, _vectors(n), _BLOCK, out, x, y, n)
 
 
 def _rows(tensor):

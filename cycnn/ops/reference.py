@@ -685,6 +685,7 @@ from .reference_augment import (  # noqa: F401
     samples_of_step,
 )
 from .reference_blocks import (  # noqa: F401
+    add_relu,
     concat_backward,
     concat_forward,
     zero_pad2d_backward,

@@ -7,6 +7,17 @@ import numpy as np
 from .. import shapes
 
 
+def add_relu(x, y, out):
+    """out = max(x + y, 0), as :func:`add` and :func:`relu_forward`; may be in place.
+
+    With s = x + y, ds = dout where out > 0, else 0 (``relu_backward``), and ds is the
+    gradient by x and by y.
+    """
+    shapes.check_same(x=x.shape, y=y.shape, out=out.shape)
+    total = np.asarray(x, np.float64) + np.asarray(y, np.float64)
+    out[...] = np.where(total <= 0, 0.0, total)
+
+
 def concat_forward(parts):
     """The parts one behind the other along axis 1.
 

@@ -43,6 +43,21 @@ def test_concat(ops, case, place):
         np.testing.assert_array_equal(part.numpy(), array)
 
 
+@pytest.mark.parametrize("place", [on_gpu, unaligned])
+@pytest.mark.parametrize("size", [0, 1, 31, 33, 257, 4099])
+def test_add_relu(ops, size, place):
+    x, y = floats(size), floats(size, seed=1)
+    x[:2], y[:2] = (np.nan, -0.0)[: x[:2].size], 0
+    want = np.empty_like(x)
+    reference.add_relu(x, y, want)
+    a, out = place(x), place(np.full_like(x, np.nan))
+    ops.add_relu(a, place(y), out)
+    np.testing.assert_array_equal(out.numpy(), want)
+    assert not np.signbit(out.numpy()).any()
+    ops.add_relu(a, place(y), a)
+    np.testing.assert_array_equal(a.numpy(), want)
+
+
 @pytest.mark.parametrize("case", PADS)
 def test_zero_pad2d(ops, case):
     shape, padding = PADS[case]
