@@ -92,6 +92,42 @@ def test_an_old_kind_of_padding():
         [1.0])}), "Pad")  # fmt: skip
 
 
+def test_constants_that_are_computed():
+    """As PyTorch writes a padding: from the last axis to the first, then turned."""
+    nodes = [
+        node("ConstantOfShape", "four", "zeros"),
+        node("Concat", "given zeros", "all", axis=0),
+        node("Reshape", "all pairs", "table"),
+        node("Slice", "table last first axis back", "turned"),
+        node("Transpose", "turned", "sides", perm=[1, 0]),
+        node("Reshape", "sides flat", "flatly"),
+        node("Cast", "flatly", "pads", to=7),
+        node("Pad", "x pads"),
+    ]
+    weights = {
+        "four": np.array([4]),
+        "given": np.array([1, 0, 2, 3], np.float32),
+        "pairs": np.array([-1, 2]),
+        "last": np.array([-1]),
+        "first": np.array([-(2**63) + 1]),
+        "axis": np.array([0]),
+        "back": np.array([-1]),
+        "flat": np.array([-1]),
+    }
+    nodes[5].name = "the second Reshape"
+    model = check(graph(nodes, weights), IMAGE, "ZeroPad2d")
+    assert model[0].padding == (1, 0, 2, 3)
+    wide = graph([node("ConstantOfShape", "s", "p"), node("Pad", "x p")], {
+        "s": np.array([2**40])})  # fmt: skip
+    refuse(wide, "node 'the ConstantOfShape'", "only 1024 are supported")
+    wrong = graph([node("Cast", "p", "q", to=99), node("Pad", "x q")], {
+        "p": np.array([0])})  # fmt: skip
+    refuse(wrong, "node 'the Cast' (Cast)")
+    turned = [node("Transpose", "v", "w", perm=[1, 0]), node("MatMul", "x w")]
+    rows = numbers(3, 36)
+    check(graph(turned, {"v": numbers(4, 36)}, ("N", 36)), rows, "Linear")
+
+
 W = {"w": numbers(1, 2, 3, 2, seed=1)}
 
 

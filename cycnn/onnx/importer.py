@@ -49,7 +49,8 @@ def load(source) -> nn.Sequential:
       LogSoftmax, Flatten, and Reshape where it does what Flatten does;
     - Gemm, MatMul by a constant, and Add of a constant behind these or a Conv;
     - BatchNormalization behind Conv, Gemm or MatMul, with whose weights it is merged;
-    - Identity, Constant, and Dropout, which does nothing in a network that is used.
+    - Identity, Constant, and Dropout, which does nothing in a network that is used;
+    - what rearranges a few constants, such as those of a Pad that PyTorch exported.
 
     Padding that is not the same on both sides is read where the same on both sides
     gives the same output, and for Conv also by zeros on one side of the filter.
@@ -81,6 +82,7 @@ class _Node:
     """A node: called with the name of an attribute, it returns that."""
 
     def __init__(self, onnx, proto):
+        self.proto = proto
         self.operator = proto.op_type
         if proto.domain not in ("", "ai.onnx"):
             self.operator = f"{proto.domain}.{proto.op_type}"
@@ -135,6 +137,10 @@ class _Reader:
                 f"opset {', '.join(map(str, opsets)) or 'missing'}: expected "
                 f"{_OPSETS[0]} to {_OPSETS[-1]}; onnx.version_converter converts files"
             )
+        for tensor in model.graph.initializer:
+            self.constants[tensor.name] = self._array(tensor)
+        self.opset = opsets[0]
+        self.nodes = [node for node in self.nodes if not self._is_constant(node)]
         known = *_OPERATORS, *_JOINS
         unknown = [str(n) for n in self.nodes if n.operator not in known]
         if unknown:
@@ -143,8 +149,6 @@ class _Reader:
                 f"there are no layers for {', '.join(unknown[:8])}{more}, but for "
                 f"{', '.join(known)}"
             )
-        for tensor in model.graph.initializer:
-            self.constants[tensor.name] = self._array(tensor)
         self._begin()
 
     def _begin(self):
@@ -170,13 +174,12 @@ class _Reader:
             self.uses.update(node.inputs)
 
     def sequential(self) -> nn.Sequential:
-        computing = [node for node in self.nodes if not self._is_constant(node)]
         self.takers = {}
-        for node in computing:
+        for node in self.nodes:
             for name in node.inputs:
                 if name and name not in self.constants:
                     self.takers.setdefault(name, []).append(node)
-        self.left = computing
+        self.left = list(self.nodes)
         join = self._chain()
         if join is not None:
             raise self._no_chain(join)
@@ -193,12 +196,37 @@ class _Reader:
     def _is_constant(self, node) -> bool:
         """Whether the node gives a constant, which is then known."""
         if node.operator == "Constant":
-            self.constants[node.outputs[0]] = self._constant(node)
-            return True
-        if node.operator == "Identity" and node.inputs[0] in self.constants:
-            self.constants[node.outputs[0]] = self.constants[node.inputs[0]]
-            return True
-        return False
+            found = self._constant(node)
+        elif not all(name in self.constants for name in node.inputs if name):
+            return False
+        elif node.operator == "Identity":
+            found = self.constants[node.inputs[0]]
+        elif node.operator in _OF_CONSTANTS and len(node.outputs) == 1:
+            found = self._computed(node)
+        else:
+            return False
+        self.constants[node.outputs[0]] = found
+        return True
+
+    def _computed(self, node) -> np.ndarray:
+        """What a node makes of constants, such as PyTorch's exporter of a padding."""
+        from onnx.reference import ReferenceEvaluator
+
+        given = {name: self.constants[name] for name in node.inputs if name}
+        # a file of a few bytes must not ask for an array that fills the memory
+        numbers = sum(array.size for array in given.values())
+        if node.operator == "ConstantOfShape":
+            shape = self.constants[node.inputs[0]].ravel().tolist()
+            numbers += math.prod(map(abs, map(int, shape)))
+        if numbers > _FEW and node.operator != "Transpose":
+            raise node.refused(
+                f"of {numbers} constant numbers, only {_FEW} are supported"
+            )
+        try:
+            found = ReferenceEvaluator(node.proto, opsets={"": self.opset})
+            return np.asarray(found.run(None, given)[0])
+        except _FAILURES as error:
+            raise node.refused(f"cannot be computed ({error})") from None
 
     def _chain(self):
         """Read nodes from ``current`` on, up to one that joins branches: returned.
@@ -631,6 +659,17 @@ _OPERATORS = {
 }
 
 
+# what is computed where all inputs are constants, of so many numbers at most
+_OF_CONSTANTS = (
+    "Cast", "Concat", "ConstantOfShape", "Gather", "Mul", "Reshape", "Shape", "Slice",
+    "Squeeze", "Sub", "Transpose", "Unsqueeze",
+)  # fmt: skip
+_FEW = 1 << 10
+# what wrong attributes lead to there
+_FAILURES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 _JOINS = ("Concat",)  # beside Add, which may also add a constant
 
 
