@@ -199,6 +199,10 @@ class BuildExt(build_ext):
             # What follows the compiler's own flags wins; a person's CFLAGS shall too.
             if self.compiler.compiler_type == "unix" and not os.environ.get("CFLAGS"):
                 extension.extra_compile_args += ["-g0", "-O3" if loops else "-O2"]
+            if extension.name == "cycnn.ops._cpu_augment":
+                # a fused product and sum would round differently from the GPU
+                if self.compiles(["-ffp-contract=off"], C_PROBE):
+                    extension.extra_compile_args += ["-ffp-contract=off"]
             if loops:
                 extension.extra_compile_args += openmp
                 extension.extra_link_args += openmp
@@ -348,6 +352,7 @@ class quiet:
             os.close(saved)
 
 
+C_PROBE = "int nothing;\n"
 OPENMP_PROBE = """
 #include <omp.h>
 int threads(void) { return omp_get_max_threads(); }

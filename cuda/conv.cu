@@ -71,10 +71,11 @@ struct Taps {
 
 // Grid (blocks over the C*H*W elements of one image, images or fewer). Each element
 // gathers what was made from it, in the order of r, s: no two threads add to one
-// number.
+// number. A bias is for the transposed convolution, whose forward this is.
 extern "C" __global__ void col2im(
     float* __restrict__ dx,             // (N, C, H, W)
     const float* __restrict__ dcolumn,  // (C, R, S, pitch)
+    const float* __restrict__ bias,     // (C,) or null: added to dx
     int N, int C, int H, int W, int R, int S, int P, int Q, int stride_h, int stride_w,
     int pad_h, int pad_w, int dilation_h, int dilation_w, int64 pitch) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -82,10 +83,11 @@ extern "C" __global__ void col2im(
   const int w = i % W, h = i / W % H, c = i / W / H;
   const Taps first_row(h + pad_h, stride_h, dilation_h, P);
   const Taps first_column(w + pad_w, stride_w, dilation_w, Q);
+  const float start = bias ? bias[c] : 0.0f;
 #pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const float* source = dcolumn + (int64)c * R * S * pitch + (int64)n * P * Q;
-    float sum = 0.0f;
+    float sum = start;
     Taps row = first_row;
 #pragma unroll 1
     for (int r = 0; r < R; ++r, row.next()) {

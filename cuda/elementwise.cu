@@ -29,6 +29,15 @@ extern "C" __global__ void add(float* out, const float* x, const float* y, int64
   map(out, x, y, n, [](float a, float b) { return a + b; });
 }
 
+// out = max(x + y, 0), of a residual block; out may be x or y
+extern "C" __global__ void add_relu(float* out, const float* x, const float* y,
+                                    int64 n) {
+  map(out, x, y, n, [](float a, float b) {
+    const float sum = a + b;
+    return sum <= 0.0f ? 0.0f : sum;
+  });
+}
+
 // y = max(x, 0). Written so that NaN stays NaN and -0 becomes 0.
 extern "C" __global__ void relu_forward(float* y, const float* x, int64 n) {
   map(y, x, n, [](float v) { return v <= 0.0f ? 0.0f : v; });

@@ -204,6 +204,74 @@ def check_conv2d_backward(
     _check_gradients(dw_shape, w_shape, db_shape)
 
 
+def conv_transpose2d_output_shape(
+    x_shape: tuple,
+    w_shape: tuple,
+    stride: tuple = (1, 1),
+    padding: tuple = (0, 0),
+    output_padding: tuple = (0, 0),
+    dilation: tuple = (1, 1),
+    groups: int = 1,
+    bias_shape=None,
+) -> tuple:
+    """(N, K, H, W) of x (N, C, P, Q) and weight (C, K / groups, R, S).
+
+    H = (P - 1) stride - 2 padding + dilation (R - 1) + output_padding + 1, W likewise:
+    of the sizes that a convolution takes to P, the smallest and output_padding more.
+
+    Raises
+    ------
+    ShapeError
+        If they do not fit, or no output position exists.
+    """
+    n, c, p, q = _axes("x", x_shape, "NCPQ")
+    c_weight, k_group, r, s = _axes("weight", w_shape, "CKRS")
+    _at_least("stride", stride, 1)
+    _at_least("padding", padding, 0)
+    _at_least("output_padding", output_padding, 0)
+    _at_least("dilation", dilation, 1)
+    _at_least("the shape of weight", w_shape, 1)
+    if c != c_weight:
+        raise ShapeError(
+            f"x has {c} channels (shape {tuple(x_shape)}), the weight of shape "
+            f"{tuple(w_shape)} expects {c_weight}"
+        )
+    if groups < 1 or c % groups:
+        raise ShapeError(f"groups is {groups}: it must divide the {c} channels of x")
+    if any(extra >= step for extra, step in zip(output_padding, stride)):
+        raise ShapeError(
+            f"output_padding is {tuple(output_padding)}: expected less than the stride, "
+            f"{tuple(stride)}; it chooses among the sizes that the stride rounds to one"
+        )
+    if bias_shape is not None:
+        _equal("bias", bias_shape, (k_group * groups,), "one for each output channel")
+    if p < 1 or q < 1:
+        raise ShapeError(f"x has shape {tuple(x_shape)}: an image without pixels")
+    sizes = []
+    for size, filter_, step, pad, more, spread in zip(
+        (p, q), (r, s), stride, padding, output_padding, dilation
+    ):
+        sizes.append((size - 1) * step - 2 * pad + spread * (filter_ - 1) + more + 1)
+    if min(sizes) < 1:
+        raise ShapeError(
+            f"the output of an image of {(p, q)} would be {tuple(sizes)}: make the "
+            f"padding, {tuple(padding)}, smaller"
+        )
+    return n, k_group * groups, *sizes
+
+
+def check_conv_transpose2d_backward(
+    dy_shape, x_shape, w_shape, dw_shape, db_shape, *settings
+) -> None:
+    """The shapes of ``conv_transpose2d_backward`` fit; ``db_shape`` may be None.
+
+    ``settings``: stride, padding, output_padding, dilation, groups.
+    """
+    y_shape = conv_transpose2d_output_shape(x_shape, w_shape, *settings, db_shape)
+    _equal("dy", dy_shape, y_shape, "the shape of y")
+    _equal("dweight", dw_shape, w_shape, "the shape of weight")
+
+
 def pool2d_output_shape(
     x_shape: tuple, kernel_size: tuple, stride: tuple, padding: tuple = (0, 0)
 ) -> tuple:
@@ -277,6 +345,68 @@ def check_maxpool2d_backward(
     y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding)
     _equal("dy", dy_shape, y_shape, "the shape of y")
     _equal("positions", positions_shape, y_shape, "the shape of y")
+
+
+# layers side by side, padding
+
+
+def concat_output_shape(*part_shapes: tuple) -> tuple:
+    """(N, sum of C, ...) of parts (N, C, ...) that differ in C only.
+
+    Raises
+    ------
+    ShapeError
+        If they do not fit; both shapes are named.
+    """
+    first = part_shapes[0]
+    for i, shape in enumerate(part_shapes):
+        if len(shape) < 2:
+            raise ShapeError(
+                f"part {i} has shape {tuple(shape)}: expected (N, C) or more axes"
+            )
+        if (shape[0], *shape[2:]) != (first[0], *first[2:]):
+            raise ShapeError(
+                f"part 0 has shape {tuple(first)} and part {i} {tuple(shape)}: only "
+                f"their channels, axis 1, may differ"
+            )
+    return first[0], sum(shape[1] for shape in part_shapes), *first[2:]
+
+
+def check_concat_backward(dy_shape: tuple, channels) -> None:
+    """Parts of so many channels make up dy (N, C, ...)."""
+    if len(dy_shape) < 2 or sum(channels) != dy_shape[1]:
+        raise ShapeError(
+            f"dy has shape {tuple(dy_shape)}: expected {sum(channels)} channels, those "
+            f"of parts with {', '.join(map(str, channels))}"
+        )
+
+
+def zero_pad2d_output_shape(x_shape: tuple, padding: tuple) -> tuple:
+    """(N, C, top + H + bottom, left + W + right); padding: left, right, top, bottom.
+
+    Raises
+    ------
+    ShapeError
+        If a padding is negative.
+    """
+    n, c, h, w = _axes("x", x_shape, "NCHW")
+    _at_least("padding", padding, 0)
+    left, right, top, bottom = padding
+    return n, c, top + h + bottom, left + w + right
+
+
+def zero_pad2d_input_shape(y_shape: tuple, padding: tuple) -> tuple:
+    """(N, C, H, W) of what was padded to ``y_shape``."""
+    n, c, h, w = _axes("dy", y_shape, "NCHW")
+    _at_least("padding", padding, 0)
+    left, right, top, bottom = padding
+    h, w = h - top - bottom, w - left - right
+    if h < 0 or w < 0:
+        raise ShapeError(
+            f"dy has shape {tuple(y_shape)}: too small for a padding of "
+            f"{tuple(padding)} (left, right, top, bottom)"
+        )
+    return n, c, h, w
 
 
 # scores, labels, gathering

@@ -35,8 +35,9 @@ print(json.dumps(made))
 LETTERS = {"int": "i", "uint32": "u", "int64": "q", "uint64": "Q", "float": "f"}
 PTX_TYPES = {"P": "u64", "i": "u32", "u": "u32", "q": "u64", "Q": "u64", "f": "f32"}
 LIBRARIES = (
-    "activation", "avgpool", "batch_norm", "conv", "data", "dropout", "elementwise",
-    "gemm", "layer_norm", "loss", "maxpool", "optim", "reduce", "softmax",
+    "activation", "augment", "avgpool", "batch_norm", "blocks", "conv", "data",
+    "depthwise", "dropout", "elementwise", "gemm", "layer_norm", "loss", "maxpool",
+    "optim", "reduce", "softmax",
 )  # fmt: skip
 
 

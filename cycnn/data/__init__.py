@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .augment import Augment
 from .cifar10 import CLASSES as CIFAR10_CLASSES
 from .cifar10 import cifar10
 from .dataset import ArrayDataset
@@ -16,6 +17,7 @@ from .targets import TargetDataset
 __all__ = [
     "CIFAR10_CLASSES",
     "ArrayDataset",
+    "Augment",
     "DataLoader",
     "TargetDataset",
     "channel_statistics",

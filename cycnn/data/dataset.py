@@ -25,8 +25,9 @@ class ArrayDataset:
         A memory-mapped array that is kept stays mapped.
     labels : array_like of int, shape (M,)
         Class indices, never one-hot.
-    scale, shift : float
-        A loader yields ``images * scale + shift`` in float32.
+    scale, shift : float or sequence of C floats
+        A loader yields ``images * scale + shift`` in float32; a sequence has a number
+        for each channel. :meth:`normalised` finds them.
     classes : int, optional
         Number of classes; by default one more than the largest label.
 
@@ -34,7 +35,7 @@ class ArrayDataset:
     ----------
     images : numpy.ndarray, uint8 or float32
     labels : numpy.ndarray, int32
-    scale, shift : float
+    scale, shift : float, or both tuples of C floats
     classes : int
 
     Raises
@@ -66,7 +67,7 @@ class ArrayDataset:
             raise DataError(
                 f"{len(images)} images but {len(labels)} labels: each image needs one"
             )
-        scale, shift = _finite(scale, "scale"), _finite(shift, "shift")
+        scale, shift = _as_scales(scale, shift, images.shape[1])
         self._set(images, labels, scale, shift, classes)
 
     def _set(self, images, labels, scale, shift, classes):
@@ -105,11 +106,53 @@ class ArrayDataset:
             raise ValueError(f"a subset has 0 or more images, got n={n}")
         return self[:n]
 
+    def normalised(self, mean=None, std=None) -> ArrayDataset:
+        """The same images, scaled so that each channel has mean 0 and deviation 1.
+
+        Parameters
+        ----------
+        mean, std : sequence of C floats, optional
+            From :func:`channel_statistics`, which is asked for this set if they are
+            left out. A test set is given those of the training set.
+
+        Returns
+        -------
+        ArrayDataset
+            Of the same memory, with another scale and shift.
+
+        Raises
+        ------
+        DataError
+            If a standard deviation is 0 or less.
+
+        Examples
+        --------
+        >>> mean, std = data.channel_statistics(train)
+        >>> train, test = train.normalised(mean, std), test.normalised(mean, std)
+        """
+        if (mean is None) != (std is None):
+            raise TypeError("mean and std are given both, or neither of them")
+        if mean is None:
+            from .statistics import channel_statistics
+
+            mean, std = channel_statistics(self)
+        mean, std = (np.asarray(v, np.float64).reshape(-1) for v in (mean, std))
+        if not (std > 0).all():
+            at = int((~(std > 0)).argmax())
+            raise DataError(
+                f"channel {at} has standard deviation {std[at]}: it cannot be scaled "
+                f"to 1; leave the channel out, or give a std"
+            )
+        scale, shift = _as_scales(1 / std, -mean / std, self.images.shape[1])
+        made = self[:]
+        made.scale, made.shift = scale, shift
+        return made
+
     def __repr__(self):
         return (
             f"ArrayDataset({len(self)} images of shape {self.image_shape}, "
             f"{self.images.dtype}, {self.classes} classes, "
-            f"scale={self.scale:g}, shift={self.shift:g})"
+            f"scale={_text(self.scale)}, shift={_text(self.shift)})"
         )
 
 
@@ -118,6 +161,28 @@ def _finite(value, name) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return value
+
+
+def _as_scales(scale, shift, channels) -> tuple:
+    """Two floats, or two tuples with a float for each channel."""
+    if np.ndim(scale) == np.ndim(shift) == 0:
+        return _finite(scale, "scale"), _finite(shift, "shift")
+    found = []
+    for name, value in ("scale", scale), ("shift", shift):
+        values = [value] * channels if np.ndim(value) == 0 else list(value)
+        if len(values) != channels:
+            raise DataError(
+                f"{name} has {len(values)} numbers: expected one, or one for each of "
+                f"{channels} channels"
+            )
+        found.append(tuple(_finite(v, name) for v in values))
+    return tuple(found)
+
+
+def _text(value) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(f'{v:g}' for v in value)})"
+    return f"{value:g}"
 
 
 def _as_images(images) -> np.ndarray:

@@ -12,6 +12,7 @@ Three roads lead to the same numbers:
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import queue
@@ -23,7 +24,9 @@ import numpy as np
 from .. import random, tensor
 from ..devices import CPU
 from ..devices import device as as_device
+from ..errors import DataError
 from ..ops import for_device
+from .augment import Augment
 from .dataset import ArrayDataset
 
 _SLOTS = 3  # one being filled, one on its way, one in reserve
@@ -53,6 +56,8 @@ class DataLoader:
         :func:`cycnn.manual_seed`.
     device : None, str or Device
         Where the batches are made; None is the default device.
+    augment : Augment, optional
+        What happens to the images at random, which depends on ``seed``, too.
 
     Attributes
     ----------
@@ -75,6 +80,7 @@ class DataLoader:
         drop_last=False,
         seed=None,
         device=None,
+        augment=None,
     ):
         if not isinstance(dataset, ArrayDataset):
             raise TypeError(
@@ -85,7 +91,7 @@ class DataLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         if seed is None:
-            seed = random.draw_seed() if shuffle else 0
+            seed = random.draw_seed() if shuffle or augment is not None else 0
         seed = operator.index(seed)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
@@ -96,6 +102,9 @@ class DataLoader:
         self.seed = seed
         self.device = as_device(device)
         self.epoch = 0
+        self.preparation = None
+        if augment is not None or isinstance(dataset.scale, tuple):
+            self.preparation = Preparation(self, augment)
         self._tensors = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -152,19 +161,34 @@ class DataLoader:
     def _gather(self, epoch):
         ops = for_device(self.device)
         images, labels = self._tensors.images, self._tensors.labels
-        scale, shift = self.dataset.scale, self.dataset.shift
         order = self.order(epoch)
+        make = self._maker(epoch)
         for start, stop in self._bounds():
             index = order[start:stop]
-            batch = ops.gather_images(images, index, scale, shift)
+            batch = make(images, index, index)
             yield batch, gather_targets(ops, self.dataset, labels, index, batch)
+
+    def _maker(self, epoch):
+        """A function of raw images, their rows there and in the set: the batch."""
+        if self.preparation is not None:
+            key = self.preparation.key_of(epoch)
+            return functools.partial(self.preparation.batch, key)
+        gather, dataset = for_device(self.device).gather_images, self.dataset
+
+        def make(images, index, samples):
+            return gather(images, index, dataset.scale, dataset.shift)
+
+        return make
 
     # streamed through pinned memory
 
     def _stream(self, epoch):
         dataset, device = self.dataset, self.device
-        ops = for_device(device)
         order = self.order(epoch, CPU).array
+        make, samples = self._maker(epoch), None
+        if self.preparation is not None:
+            samples = self.order(epoch)
+        done = 0
         largest = min(self.batch_size, len(dataset))
         ring = _open_ring(_batch_bytes(dataset, largest)[1], device)
         identity = tensor.Tensor(np.arange(largest, dtype=np.int32), device)
@@ -192,9 +216,9 @@ class DataLoader:
                 raw = _view(buffer, 0, shape, dataset.images.dtype, device)
                 shape = (count, *dataset.labels.shape[1:])
                 labels = _view(buffer, offset, shape, dataset.labels.dtype, device)
-                images = ops.gather_images(
-                    raw, identity[:count], dataset.scale, dataset.shift
-                )
+                numbers = None if samples is None else samples[done : done + count]
+                done += count
+                images = make(raw, identity[:count], numbers)
                 own = not dataset.has_classes and dataset.own_images
                 yield images, images if own else labels
         finally:
@@ -229,6 +253,68 @@ def gather_targets(ops, dataset, labels, index, images):
 def row_bytes(array) -> int:
     """Bytes of ``array[0]``."""
     return math.prod(array.shape[1:]) * array.itemsize
+
+
+class Preparation:
+    """How the images of a loader are made where a gather is not enough.
+
+    That is where they are augmented, or where each channel has a scale of its own.
+
+    Parameters
+    ----------
+    loader : DataLoader
+    augment : Augment or None
+    """
+
+    def __init__(self, loader, augment):
+        if augment is not None and not isinstance(augment, Augment):
+            raise TypeError(f"augment is a cycnn.data.Augment or None, got {augment!r}")
+        dataset, self._device = loader.dataset, loader.device
+        shape = dataset.image_shape
+        if augment is not None and len(shape) != 3:
+            raise DataError(
+                f"images of shape {shape} cannot be augmented: expected (C, H, W)"
+            )
+        self._ways = None if augment is None else augment.ways
+        self._seed = loader.seed
+        # a vector is an image of one pixel, in many channels
+        self._shape = shape if len(shape) == 3 else (shape[0], 1, 1)
+        self._scales = [
+            tensor.Tensor(
+                np.broadcast_to(np.float32(value), self._shape[:1]).copy(), self._device
+            )
+            for value in (dataset.scale, dataset.shift)
+        ]
+
+    def key_of(self, epoch):
+        """What the random numbers of an epoch depend on: int32 Tensor (2,), or None."""
+        if self._ways is None:
+            return None
+        make = for_device(self._device).augment_key
+        return make(self._seed, epoch, self._device)
+
+    def batch(self, key, images, index, samples):
+        """The float32 batch of raw images (M, ...) at ``index``.
+
+        Parameters
+        ----------
+        key : int32 Tensor (2,) or None
+            From :meth:`key_of`.
+        images : Tensor (M, ...)
+        index : int32 Tensor (N,)
+            Rows of ``images``.
+        samples : int32 Tensor (N,)
+            Numbers of these images in the data set; None where they do not matter.
+        """
+        made = for_device(self._device).augment_images(
+            images.reshape(images.shape[0], *self._shape),
+            index,
+            None if self._ways is None else samples,
+            key,
+            *self._scales,
+            self._ways,
+        )
+        return made.reshape(len(index), *images.shape[1:])
 
 
 def _resident(dataset, device):

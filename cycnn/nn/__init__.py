@@ -11,8 +11,10 @@ from .activation import (
     Softmax,
     Tanh,
 )
+from .blocks import Concat, Residual
 from .buffer import Buffer
 from .conv import Conv2d
+from .conv_transpose import ConvTranspose2d
 from .dropout import Dropout
 from .fold import fold_batch_norm
 from .fuse import Objective, fuse
@@ -23,6 +25,7 @@ from .loss import CrossEntropyLoss, NLLLoss
 from .loss_regression import BCEWithLogitsLoss, L1Loss, MSELoss, SmoothL1Loss
 from .networks import reference_network
 from .normalisation import BatchNorm2d, LayerNorm
+from .padding import ZeroPad2d
 from .parameter import Parameter
 from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
@@ -35,7 +38,9 @@ __all__ = [
     "BCEWithLogitsLoss",
     "BatchNorm2d",
     "Buffer",
+    "Concat",
     "Conv2d",
+    "ConvTranspose2d",
     "CrossEntropyLoss",
     "Dropout",
     "Flatten",
@@ -52,12 +57,14 @@ __all__ = [
     "Parameter",
     "Predictor",
     "ReLU",
+    "Residual",
     "Sequential",
     "SiLU",
     "Sigmoid",
     "SmoothL1Loss",
     "Softmax",
     "Tanh",
+    "ZeroPad2d",
     "fold_batch_norm",
     "fuse",
     "init",

@@ -28,7 +28,7 @@ class Conv2d(Layer):
         Rows and columns of zeros on each side.
     groups : int
         The channels are cut into so many groups, each convolved on its own. Divides C
-        and K; groups = C is a depthwise convolution.
+        and K; groups = C is a depthwise convolution, which has kernels of its own.
     bias : bool
         Whether a learned number is added to each output channel.
 

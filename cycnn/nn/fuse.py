@@ -28,12 +28,15 @@ from .activation import (
     Softmax,
     Tanh,
 )
+from .blocks import Concat, Residual
 from .conv import Conv2d
+from .conv_transpose import ConvTranspose2d
 from .dropout import Dropout
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
 from .normalisation import BatchNorm2d, LayerNorm
+from .padding import ZeroPad2d
 from .parameter import Parameter
 from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from .reshape import Flatten
@@ -54,31 +57,45 @@ def fuse(model) -> Layer:
         For a Sequential, its layers with these runs replaced: Conv2d (of one group,
         without dilation), ReLU and MaxPool2d (of windows that do not overlap, without
         padding), the last two if they are there; two of these, the first of few input
-        channels; BatchNorm2d and ReLU; Linear and ReLU. Any other model comes back
-        unchanged, a Sequential with a forward of its own among them.
+        channels; BatchNorm2d and ReLU; Linear and ReLU; Residual and ReLU. The same
+        inside of Residual and Concat. Any other model comes back unchanged, a
+        Sequential with a forward of its own among them.
 
     Notes
     -----
     What a device has no fused kernel for, all of the CPU among it, runs as the layers
     that were replaced.
     """
+    if type(model) in (Residual, Concat):
+        return FusedSequential(model, _fused([model]))
     if not isinstance(model, Sequential) or (
         (type(model).forward, type(model).backward)
         != (Sequential.forward, Sequential.backward)
     ):
         return model
-    layers = _flat(model)
+    return FusedSequential(model, _fused(_flat(model)))
+
+
+def _fused(layers) -> list:
+    """The layers with runs of them replaced; ``layers`` is used up."""
     result = []
     while layers:
         run = _conv_run(layers) or _norm_run(layers) or _linear_run(layers)
         if run is None:
-            result.append(layers.pop(0))
+            layer = layers.pop(0)
+            if type(layer) is Residual:
+                relu = bool(layers) and type(layers[0]) is ReLU
+                del layers[:relu]
+                layer = FusedResidual(layer, relu)
+            elif type(layer) is Concat:
+                layer = FusedConcat(layer)
+            result.append(layer)
             continue
         del layers[: len(run.parts)]
         if result and _is_pair(result[-1], run):
             run = FusedConvPair(result.pop(), run)
         result.append(run)
-    return FusedSequential(model, result)
+    return result
 
 
 def _flat(model) -> list:
@@ -130,6 +147,14 @@ def _linear_run(layers):
     return FusedLinear(layers[:1])
 
 
+def _branch(layer) -> FusedSequential:
+    """A branch of a block; a layer alone may be a run, too."""
+    found = fuse(layer)
+    if isinstance(found, FusedSequential):
+        return found
+    return FusedSequential(layer, _fused([layer]))
+
+
 class FusedSequential(Sequential):
     """What :func:`fuse` makes of a Sequential: its parameters, under their old names."""
 
@@ -154,6 +179,54 @@ class FusedSequential(Sequential):
         for layer in self._layers:
             x = layer.forward(x)
         return x
+
+    def runs(self) -> list:
+        """The layers in it, at any depth, that a fused kernel may stand for."""
+        found = []
+        for layer in self._layers:
+            if isinstance(layer, _Run):
+                found.append(layer)
+            elif isinstance(layer, _Block):
+                for branch in layer.branches():
+                    found += branch.runs()
+        return found
+
+    def pack_filters(self, x_shape, gather=False) -> dict:
+        """See :meth:`Objective.pack_filters`."""
+        packed = {}
+        for i, layer, shape, _ in _placed(self._layers, x_shape):
+            if isinstance(layer, (_Run, _Block)):
+                packed |= layer.pack_filters(shape, gather and i == 0)
+        return packed
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False) -> list:
+        """The kernels of its layers, as of one of them."""
+        found = []
+        for i, layer, shape, _ in _placed(self._layers, x_shape):
+            if isinstance(layer, (_Run, _Block)):
+                wanted = input_grad or i > self._first
+                found += layer.kernels(
+                    shape, wanted, machine, precision, gather and i == 0
+                )
+        return found
+
+
+def _placed(layers, x_shape):
+    """``(index, layer, shape of its input, of its output)`` of layers in a row.
+
+    As far as shapes are known: up to the first layer whose output only the layer itself
+    knows the shape of (None), or that the shape does not fit, which it says itself when
+    it runs.
+    """
+    for i, layer in enumerate(layers):
+        try:
+            y_shape = _output_shape(layer, x_shape)
+        except ShapeError:
+            return
+        yield i, layer, x_shape, y_shape
+        if y_shape is None:
+            return
+        x_shape = y_shape
 
 
 class _Run(Layer):
@@ -585,6 +658,75 @@ class FusedLinear(_Run):
         )
 
 
+class _Block:
+    """Branches that get the same input, each fused for itself."""
+
+    def branches(self) -> list:
+        return [branch for _, branch in self._children()]
+
+    def pack_filters(self, x_shape, gather):
+        packed = {}
+        for branch in self.branches():
+            packed |= branch.pack_filters(x_shape)
+        return packed
+
+    def kernels(self, x_shape, input_grad, machine, precision, gather=False):
+        found = []
+        for branch in self.branches():
+            found += branch.kernels(x_shape, input_grad, machine, precision)
+        return found
+
+    def output_shape(self, x_shape):
+        """None where a branch does not know it."""
+        made = [_output_shape(branch, x_shape) for branch in self.branches()]
+        return None if None in made else self._joined(x_shape, made)
+
+
+class FusedResidual(_Block, Residual):
+    """A Residual with fused ways: y = relu(body(x) + shortcut(x)).
+
+    ReLU, which stands behind the block, may be missing.
+    """
+
+    def __init__(self, block, relu):
+        # no pack(): the parameters belong to the block, and stay where they are
+        self.body = _branch(block.body)
+        self.shortcut = None if block.shortcut is None else _branch(block.shortcut)
+        self._relu = relu
+
+    def _sum(self, y, other):
+        if not self._relu:
+            return super()._sum(y, other)
+        out = empty(y.shape, device=y.device)
+        for_device(y.device).add_relu(y, other, out)
+        self._saved = out
+        return out
+
+    def _gradient_of_sum(self, dy):
+        if not self._relu:
+            return super()._gradient_of_sum(dy)
+        y = self._remembered()
+        dy = as_gradient(self, dy, y.shape, y.device)
+        return for_device(y.device).relu_backward(dy, y)
+
+    def __repr__(self):
+        return super().__repr__() + (" + ReLU()" if self._relu else "")
+
+    def _joined(self, x_shape, made):
+        shapes.check_same(body=made[0], shortcut=[*made, x_shape][1])
+        return made[0]
+
+
+class FusedConcat(_Block, Concat):
+    """A Concat with fused branches."""
+
+    def __init__(self, block):
+        self._branches = tuple(map(_branch, block))
+
+    def _joined(self, x_shape, made):
+        return shapes.concat_output_shape(*made)
+
+
 def _collect(partials, layer, made) -> None:
     """Note the partial gradients of a layer's parameters; none for an empty batch."""
     if made is None:
@@ -693,7 +835,9 @@ class Objective:
             Filled with ``{Parameter: Tensor (splits, *shape)}`` instead, for those
             parameters whose gradient comes in parts that are still to be added up.
         """
-        runs = [layer for layer in self._layers() if isinstance(layer, _Run)]
+        runs = []
+        if isinstance(self.model, FusedSequential):
+            runs = self.model.runs()
         for run in runs:
             run.partials = partials
         try:
@@ -720,18 +864,9 @@ class Objective:
         dict
             ``{Parameter: PackedFilter}``, of the precision that is set.
         """
-        packed = {}
-        for i, layer in enumerate(self._layers()):
-            try:
-                y_shape = _output_shape(layer, x_shape)
-            except ShapeError:  # the layer says so itself when it runs
-                break
-            if isinstance(layer, _Run):
-                packed |= layer.pack_filters(x_shape, gather and i == 0)
-            x_shape = y_shape
-            if x_shape is None:
-                break
-        return packed
+        if not isinstance(self.model, FusedSequential):
+            return {}
+        return self.model.pack_filters(x_shape, gather)
 
     def kernels(self, x_shape, machine=None, precision=None, gather=False) -> list:
         """The kernels that the fused layers run in a step, found without running any.
@@ -762,31 +897,28 @@ class Objective:
         head = None if self._linear is None else layers[-2]
         tail = []
         found = []
-        for i, layer in enumerate(layers):
-            try:
-                y_shape = _output_shape(layer, x_shape)
-            except ShapeError:  # the layer says so itself when it runs
-                break
+        for i, layer, shape, y_shape in _placed(self.model, x_shape):
             made = []
-            if layer is self._hidden and y_shape[1] == self._linear.weight.shape[1]:
-                made = tail = self._tail_kernels(x_shape, machine, precision)
+            if (
+                layer is self._hidden
+                and y_shape is not None
+                and y_shape[1] == self._linear.weight.shape[1]
+            ):
+                made = tail = self._tail_kernels(shape, machine, precision)
             elif layer is head:
                 made = tail or fused.head_kernels(
                     machine,
                     precision,
-                    *x_shape,
+                    *shape,
                     y_shape[1],
                     self._linear.bias is not None,
                 )
-            if isinstance(layer, _Run) and not made:
+            if isinstance(layer, (_Run, _Block)) and not made:
                 input_grad = i > self.model._first
                 made = layer.kernels(
-                    x_shape, input_grad, machine, precision, gather and i == 0
+                    shape, input_grad, machine, precision, gather and i == 0
                 )
             found += made
-            x_shape = y_shape
-            if x_shape is None:
-                break
         return list(dict.fromkeys(found))
 
     def _tail_kernels(self, x_shape, machine, precision):
@@ -800,9 +932,6 @@ class Objective:
             first.bias is not None,
             last.bias is not None,
         )
-
-    def _layers(self):
-        return self.model if isinstance(self.model, FusedSequential) else ()
 
     def _backward(self, partials):
         if self._saved is None:
@@ -878,17 +1007,10 @@ class Objective:
 def forward_kernels(layers, x_shape, machine, precision) -> list:
     """The kernels of fused layers' forward pass alone; see :meth:`Objective.kernels`."""
     found = []
-    for layer in layers:
-        try:
-            y_shape = _output_shape(layer, x_shape)
-        except ShapeError:  # the layer says so itself when it runs
-            break
-        if isinstance(layer, _Run):
-            made = layer.kernels(x_shape, False, machine, precision)
+    for _, layer, shape, _ in _placed(layers, x_shape):
+        if isinstance(layer, (_Run, _Block)):
+            made = layer.kernels(shape, False, machine, precision)
             found += [kernel for kernel in made if kernel.library.endswith("_forward")]
-        x_shape = y_shape
-        if x_shape is None:
-            break
     return list(dict.fromkeys(found))
 
 
@@ -906,6 +1028,12 @@ def _output_shape(layer, shape):
         for part in layer.parts:
             shape = _output_shape(part, shape)
         return shape
+    if isinstance(layer, FusedSequential):
+        for part in layer:
+            shape = None if shape is None else _output_shape(part, shape)
+        return shape
+    if isinstance(layer, _Block):
+        return layer.output_shape(shape)
     if kind is Conv2d:
         return shapes.conv2d_output_shape(
             shape,
@@ -915,6 +1043,8 @@ def _output_shape(layer, shape):
             layer.dilation,
             layer.groups,
         )
+    if kind is ConvTranspose2d:
+        return layer.output_shape(shape)
     if kind is Linear:
         return shapes.linear_output_shape(shape, layer.weight.shape)
     if kind in (MaxPool2d, AvgPool2d):
@@ -923,6 +1053,8 @@ def _output_shape(layer, shape):
         )
     if kind is AdaptiveAvgPool2d:
         return shapes.global_pool2d_output_shape(shape)
+    if kind is ZeroPad2d:
+        return shapes.zero_pad2d_output_shape(shape, layer.padding)
     if kind is Flatten:
         return shape[0], math.prod(shape[1:])
     return shape if kind in _OF_SAME_SHAPE else None

@@ -369,6 +369,50 @@ class Layer:
         return f"{type(self).__name__}({settings}, {count:,} parameters)"
 
 
+def check_parts(layer, parts) -> None:
+    """The parts of a layer that is made of others are layers, and each is given once.
+
+    Parameters
+    ----------
+    layer : Layer
+        Has the parts already.
+    parts : iterable of (str, object)
+        What to call each part, and the part.
+    """
+    for name, part in parts:
+        if isinstance(part, type):
+            raise TypeError(
+                f"{name} is the class {part.__name__}, not a layer: "
+                f"write {part.__name__}(...)"
+            )
+        if not isinstance(part, Layer):
+            raise TypeError(f"{name} is {part!r}, expected a Layer")
+    seen = {}
+    for path, part in layer._descendants():
+        if id(part) in seen:
+            raise ValueError(
+                f"layers {seen[id(part)]} and {path} are the same object, "
+                f"{part!r}: a layer remembers one forward, so make a new one for "
+                f"each place"
+            )
+        seen[id(part)] = path
+
+
+def tree(layer) -> str:
+    """``repr`` of a layer that is made of others, a line or more for each."""
+    lines = []
+    for name, part in layer._children():
+        lines.append(f"  ({name}): " + repr(part).replace("\n", "\n  "))
+    count = sum(parameter.size for _, parameter in layer._walk())
+    return "\n".join(
+        [
+            f"{type(layer).__name__}(",
+            *lines,
+            f")  # {count:,} parameters on {layer.device}",
+        ]
+    )
+
+
 def as_input(layer, x, device=None) -> Tensor:
     """``x`` as a layer computes with it: a float32 tensor on ``device``.
 

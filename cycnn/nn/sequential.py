@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..tensor import Tensor
-from .layer import Layer, as_input
+from .layer import Layer, as_input, check_parts, tree
 
 
 class Sequential(Layer):
@@ -29,26 +29,10 @@ class Sequential(Layer):
     """
 
     def __init__(self, *layers):
-        for position, layer in enumerate(layers):
-            if isinstance(layer, (list, tuple)):
-                raise TypeError("layers are given one by one: Sequential(*layers)")
-            if isinstance(layer, type):
-                raise TypeError(
-                    f"layer {position} is the class {layer.__name__}, not a layer: "
-                    f"write {layer.__name__}(...)"
-                )
-            if not isinstance(layer, Layer):
-                raise TypeError(f"layer {position} is {layer!r}, expected a Layer")
+        if any(isinstance(layer, (list, tuple)) for layer in layers):
+            raise TypeError("layers are given one by one: Sequential(*layers)")
         self._layers = layers
-        seen = {}
-        for path, layer in self._descendants():
-            if id(layer) in seen:
-                raise ValueError(
-                    f"layers {seen[id(layer)]} and {path} are the same object, "
-                    f"{layer!r}: a layer remembers one forward, so make a new one for "
-                    f"each place"
-                )
-            seen[id(layer)] = path
+        check_parts(self, ((f"layer {i}", layer) for i, layer in enumerate(layers)))
         self.pack()
         self._replace(layers)
 
@@ -146,10 +130,4 @@ class Sequential(Layer):
         return self._layers[key]
 
     def __repr__(self):
-        lines = []
-        for i, layer in enumerate(self._layers):
-            lines.append(f"  ({i}): " + repr(layer).replace("\n", "\n  "))
-        count = sum(parameter.size for _, parameter in self._walk())
-        return "\n".join(
-            ["Sequential(", *lines, f")  # {count:,} parameters on {self.device}"]
-        )
+        return tree(self)

@@ -37,11 +37,28 @@ def output_shape(layer, shape: tuple) -> tuple:
     if isinstance(layer, nn.Conv2d):
         settings = layer.stride, layer.padding, layer.dilation, layer.groups
         return shapes.conv2d_output_shape(shape, layer.weight.shape, *settings)
+    if isinstance(layer, nn.ConvTranspose2d):
+        return layer.output_shape(shape)
     if isinstance(layer, nn.MaxPool2d):
         settings = layer.kernel_size, layer.stride, layer.padding
         return shapes.pool2d_output_shape(shape, *settings)
     if isinstance(layer, nn.Linear):
         return shapes.linear_output_shape(shape, layer.weight.shape)
+    if isinstance(layer, nn.ZeroPad2d):
+        return shapes.zero_pad2d_output_shape(shape, layer.padding)
+    if isinstance(layer, nn.Sequential):
+        for part in layer:
+            shape = output_shape(part, shape)
+        return shape
+    if isinstance(layer, nn.Residual):
+        ways = [layer.body, layer.shortcut or nn.Sequential()]
+        made = [output_shape(way, shape) for way in ways]
+        shapes.check_same(body=made[0], shortcut=made[1])
+        return made[0]
+    if isinstance(layer, nn.Concat):
+        return shapes.concat_output_shape(
+            *[output_shape(branch, shape) for branch in layer]
+        )
     if isinstance(layer, nn.Flatten):
         return shape[0], math.prod(shape[1:])
     if isinstance(layer, nn.LogSoftmax):

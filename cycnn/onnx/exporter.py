@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
+
 from .. import __version__, nn
 from ..errors import ShapeError
 from ..nn.weights import replace_file
@@ -19,8 +21,8 @@ def export(model, path, input_shape, opset=17):
     Parameters
     ----------
     model : Layer
-        Made of Conv2d, Linear, MaxPool2d, ReLU, Sigmoid, Flatten, LogSoftmax and
-        Sequential, nested or not.
+        Made of Conv2d, ConvTranspose2d, Linear, MaxPool2d, ZeroPad2d, ReLU, Sigmoid,
+        Flatten and LogSoftmax in Sequential, Residual and Concat, nested or not.
     path : str or os.PathLike
         The file appears whole or not at all.
     input_shape : tuple
@@ -54,7 +56,8 @@ def export(model, path, input_shape, opset=17):
             f"programs that read ONNX"
         )
     shape = _checked(input_shape)
-    nodes, last_shape = _nodes(onnx.helper, model, shape)
+    writer = _Writer(onnx.helper)
+    last_shape = writer.whole(model, shape)
 
     def value(name, shape):
         kind = onnx.TensorProto.FLOAT
@@ -62,12 +65,12 @@ def export(model, path, input_shape, opset=17):
 
     weights = [
         onnx.numpy_helper.from_array(array, name)
-        for name, array in model.state_dict().items()
+        for name, array in (*model.state_dict().items(), *writer.constants)
     ]
     ends = [value("input", shape)], [value("output", last_shape)]
     opsets = [onnx.helper.make_opsetid("", opset)]
     proto = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "cycnn", *ends, weights),
+        onnx.helper.make_graph(writer.nodes, "cycnn", *ends, weights),
         opset_imports=opsets,
         ir_version=max(8, onnx.helper.find_min_ir_version_for(opsets)),
         producer_name="cycnn",
@@ -92,42 +95,80 @@ def _checked(input_shape) -> tuple:
     return shape
 
 
-def _nodes(helper, model, shape) -> tuple:
-    """The nodes for an input of this shape, and the shape of the output."""
-    nodes, current = [], "input"
-    for prefix, layer in _steps(model):
+class _Writer:
+    """Turns layers into nodes, in the order of computation.
+
+    Attributes
+    ----------
+    nodes : list of NodeProto
+    constants : list of (str, ndarray)
+        Inputs of nodes that are no weights.
+    """
+
+    def __init__(self, helper):
+        self.helper = helper
+        self.nodes, self.constants = [], []
+
+    def whole(self, model, shape) -> tuple:
+        """Write a model for an input of this shape; returns that of the output."""
+        _, shape = self.layer(model, "", "input", shape)
+        if not self.nodes:
+            self.node("Identity", ["input"], "")
+        self.nodes[-1].output[0] = "output"
+        return shape
+
+    def node(self, name, inputs, prefix, **attributes) -> str:
+        label, output = prefix.rstrip(".") or name, prefix + "output"
+        made = self.helper.make_node(name, inputs, [output], label, **attributes)
+        self.nodes.append(made)
+        return output
+
+    def layer(self, layer, prefix, current, shape) -> tuple:
+        """Write a layer whose input is ``current``; returns its output and its shape.
+
+        ``prefix`` is that of its parameters' names.
+        """
+        # one with a forward of its own may compute something else
+        if _computes_as(layer, nn.Sequential):
+            for name, child in layer._children():
+                current, shape = self.layer(child, f"{prefix}{name}.", current, shape)
+            return current, shape
+        if _computes_as(layer, nn.Residual) or _computes_as(layer, nn.Concat):
+            return self.block(layer, prefix, current, shape)
         name, attributes = _operator(prefix, layer)
+        after = self.shape_after(layer, prefix, shape)
+        inputs = [current]
+        for weight in ("weight", "bias"):
+            if getattr(layer, weight, None) is not None:
+                inputs.append(prefix + weight)
+        if isinstance(layer, nn.ZeroPad2d):
+            left, right, top, bottom = layer.padding
+            pads = np.array([0, 0, top, left, 0, 0, bottom, right], np.int64)
+            self.constants.append((f"{prefix}pads", pads))
+            inputs.append(f"{prefix}pads")
+        return self.node(name, inputs, prefix, **attributes(layer)), after
+
+    def block(self, layer, prefix, current, shape) -> tuple:
+        """A Residual or a Concat: its branches, then what joins them."""
+        ends = [
+            self.layer(branch, f"{prefix}{name}.", current, shape)[0]
+            for name, branch in layer._children()
+        ]
+        after = self.shape_after(layer, prefix, shape)
+        if isinstance(layer, nn.Concat):
+            return self.node("Concat", ends, prefix, axis=1), after
+        if layer.shortcut is None:
+            ends.append(current)
+        return self.node("Add", ends, prefix), after
+
+    def shape_after(self, layer, prefix, shape) -> tuple:
         try:
-            shape = output_shape(layer, shape)
+            return output_shape(layer, shape)
         except ShapeError as error:
             raise ShapeError(
                 f"{_named(prefix, layer)}: {error} (input_shape is the shape of a "
                 f"batch, such as (None, 1, 28, 28))"
             ) from None
-        weights = [
-            prefix + weight
-            for weight in ("weight", "bias")
-            if getattr(layer, weight, None) is not None
-        ]
-        label, output = prefix.rstrip(".") or name, prefix + "output"
-        nodes.append(
-            helper.make_node(name, [current, *weights], [output], label, **attributes)
-        )
-        current = output
-    if not nodes:
-        nodes.append(helper.make_node("Identity", ["input"], [""], "Identity"))
-    nodes[-1].output[0] = "output"
-    return nodes, shape
-
-
-def _steps(layer, prefix=""):
-    """``(prefix of its parameters' names, layer)`` in the order of computation."""
-    # one with a forward of its own may compute something else
-    if _computes_as(layer, nn.Sequential):
-        for name, child in layer._children():
-            yield from _steps(child, f"{prefix}{name}.")
-    else:
-        yield prefix, layer
 
 
 def _named(prefix, layer) -> str:
@@ -140,15 +181,15 @@ def _computes_as(layer, kind) -> bool:
 
 
 def _operator(prefix, layer) -> tuple:
-    """Name and attributes of the operator that computes what a layer does."""
+    """Name of the operator that computes what a layer does, and its attributes."""
     for kind, (name, attributes) in _OPERATORS.items():
         if _computes_as(layer, kind):
-            return name, attributes(layer)
+            return name, attributes
     known = ", ".join(kind.__name__ for kind in _OPERATORS)
     raise TypeError(
-        f"{_named(prefix, layer)} cannot be written as ONNX, only {known} and "
-        f"Sequential can. Export the layers in front of it, and those behind it, as "
-        f"models of their own"
+        f"{_named(prefix, layer)} cannot be written as ONNX, only {known}, Sequential, "
+        f"Residual and Concat can. Export the layers in front of it, and those behind "
+        f"it, as models of their own"
     )
 
 
@@ -166,6 +207,16 @@ _OPERATORS = {
         "Conv",
         lambda x: {**_window(x), "dilations": x.dilation, "group": x.groups},
     ),
+    nn.ConvTranspose2d: (
+        "ConvTranspose",
+        lambda x: {
+            **_window(x),
+            "dilations": x.dilation,
+            "group": x.groups,
+            "output_padding": x.output_padding,
+        },
+    ),
+    nn.ZeroPad2d: ("Pad", lambda x: {}),
     nn.Linear: ("Gemm", lambda x: {"transB": 1}),
     nn.MaxPool2d: ("MaxPool", _window),
     nn.ReLU: ("Relu", lambda x: {}),

@@ -40,14 +40,17 @@ def load(source) -> nn.Sequential:
 
     Notes
     -----
-    The graph has to be a chain, in which each value is used once, by the next node. Of
-    these operators, all in float32:
+    The graph has to be a chain, in which each value is used once, by the next node, or
+    by several, the first ones of branches that are chains again and that one node
+    joins: Add, for a Residual of two branches, or Concat along the channels. Of these
+    operators, all in float32:
 
-    - Conv (two-dimensional), MaxPool, Relu, Sigmoid, LogSoftmax, Flatten, and Reshape
-      where it does what Flatten does;
+    - Conv and ConvTranspose (two-dimensional), Pad by zeros, MaxPool, Relu, Sigmoid,
+      LogSoftmax, Flatten, and Reshape where it does what Flatten does;
     - Gemm, MatMul by a constant, and Add of a constant behind these or a Conv;
     - BatchNormalization behind Conv, Gemm or MatMul, with whose weights it is merged;
-    - Identity, Constant, and Dropout, which does nothing in a network that is used.
+    - Identity, Constant, and Dropout, which does nothing in a network that is used;
+    - what rearranges a few constants, such as those of a Pad that PyTorch exported.
 
     Padding that is not the same on both sides is read where the same on both sides
     gives the same output, and for Conv also by zeros on one side of the filter.
@@ -79,6 +82,7 @@ class _Node:
     """A node: called with the name of an attribute, it returns that."""
 
     def __init__(self, onnx, proto):
+        self.proto = proto
         self.operator = proto.op_type
         if proto.domain not in ("", "ai.onnx"):
             self.operator = f"{proto.domain}.{proto.op_type}"
@@ -99,12 +103,12 @@ class _Node:
 
 
 class _Reader:
-    """Walks along the chain.
+    """Walks along the chain, and along each branch of it.
 
     Attributes
     ----------
     layers : list of Layer
-        For the nodes so far.
+        For the nodes of the chain, or of the branch, so far.
     current : str
         Name of the value that the last of these nodes gives.
     shape : tuple or None
@@ -133,15 +137,18 @@ class _Reader:
                 f"opset {', '.join(map(str, opsets)) or 'missing'}: expected "
                 f"{_OPSETS[0]} to {_OPSETS[-1]}; onnx.version_converter converts files"
             )
-        unknown = [str(n) for n in self.nodes if n.operator not in _OPERATORS]
+        for tensor in model.graph.initializer:
+            self.constants[tensor.name] = self._array(tensor)
+        self.opset = opsets[0]
+        self.nodes = [node for node in self.nodes if not self._is_constant(node)]
+        known = *_OPERATORS, *_JOINS
+        unknown = [str(n) for n in self.nodes if n.operator not in known]
         if unknown:
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             raise DataError(
                 f"there are no layers for {', '.join(unknown[:8])}{more}, but for "
-                f"{', '.join(_OPERATORS)}"
+                f"{', '.join(known)}"
             )
-        for tensor in model.graph.initializer:
-            self.constants[tensor.name] = self._array(tensor)
         self._begin()
 
     def _begin(self):
@@ -167,39 +174,178 @@ class _Reader:
             self.uses.update(node.inputs)
 
     def sequential(self) -> nn.Sequential:
+        self.takers = {}
         for node in self.nodes:
-            if node.operator == "Constant":
-                self.constants[node.outputs[0]] = self._constant(node)
-                continue
-            if node.operator == "Identity" and node.inputs[0] in self.constants:
-                self.constants[node.outputs[0]] = self.constants[node.inputs[0]]
-                continue
-            self._check_chain(node)
-            count = len(self.layers)
-            try:
-                _OPERATORS[node.operator](self, node)
-                if self.shape is not None and len(self.layers) > count:
-                    self.shape = output_shape(self.layers[-1], self.shape)
-            except DataError:
-                raise
-            except (ValueError, TypeError) as error:  # from the layer
-                raise node.refused(error) from None
-            self.current = node.outputs[0]
+            for name in node.inputs:
+                if name and name not in self.constants:
+                    self.takers.setdefault(name, []).append(node)
+        self.left = list(self.nodes)
+        join = self._chain()
+        if join is not None:
+            raise self._no_chain(join)
         if self.current != self.output:
+            if self.left:
+                raise self._no_chain(self.left[0])
             raise DataError(
                 f"output {self.output!r} is not that of the last node, {self.current!r}"
             )
+        if self.left:
+            raise self._no_chain(self.left[0])
         return nn.Sequential(*self.layers)
 
-    def _check_chain(self, node):
+    def _is_constant(self, node) -> bool:
+        """Whether the node gives a constant, which is then known."""
+        if node.operator == "Constant":
+            found = self._constant(node)
+        elif not all(name in self.constants for name in node.inputs if name):
+            return False
+        elif node.operator == "Identity":
+            found = self.constants[node.inputs[0]]
+        elif node.operator in _OF_CONSTANTS and len(node.outputs) == 1:
+            found = self._computed(node)
+        else:
+            return False
+        self.constants[node.outputs[0]] = found
+        return True
+
+    def _computed(self, node) -> np.ndarray:
+        """What a node makes of constants, such as PyTorch's exporter of a padding."""
+        from onnx.reference import ReferenceEvaluator
+
+        given = {name: self.constants[name] for name in node.inputs if name}
+        # a file of a few bytes must not ask for an array that fills the memory
+        numbers = sum(array.size for array in given.values())
+        if node.operator == "ConstantOfShape":
+            shape = self.constants[node.inputs[0]].ravel().tolist()
+            numbers += math.prod(map(abs, map(int, shape)))
+        if numbers > _FEW and node.operator != "Transpose":
+            raise node.refused(
+                f"of {numbers} constant numbers, only {_FEW} are supported"
+            )
+        try:
+            found = ReferenceEvaluator(node.proto, opsets={"": self.opset})
+            return np.asarray(found.run(None, given)[0])
+        except _FAILURES as error:
+            raise node.refused(f"cannot be computed ({error})") from None
+
+    def _chain(self):
+        """Read nodes from ``current`` on, up to one that joins branches: returned.
+
+        None where the chain ends.
+        """
+        while self.current != self.output or self.current in self.takers:
+            takers = self.takers.get(self.current, ())
+            if not takers:
+                return None
+            if self.uses[self.current] > 1:
+                self._fork(takers)
+            elif self._joins(takers[0]):
+                return takers[0]
+            else:
+                self._step(takers[0])
+        return None
+
+    def _step(self, node):
+        self._check_step(node)
+        count = len(self.layers)
+        try:
+            _OPERATORS[node.operator](self, node)
+            if self.shape is not None and len(self.layers) > count:
+                self.shape = output_shape(self.layers[-1], self.shape)
+        except DataError:
+            raise
+        except (ValueError, TypeError) as error:  # from the layer
+            raise node.refused(error) from None
+        self._pass(node)
+
+    def _pass(self, node):
+        self.left.remove(node)
+        self.current = node.outputs[0]
+
+    def _joins(self, node) -> bool:
+        if node.operator == "Concat":
+            return True
+        computed = [name for name in node.inputs if name not in self.constants]
+        return node.operator == "Add" and len(computed) > 1
+
+    def _fork(self, takers):
+        """Read the branches behind ``current``, and the node that joins them."""
+        start, shape, before = self.current, self.shape, self.layers
+        if self.uses[start] != len(takers):  # it is the output, too
+            raise self._no_chain(takers[0])
+        ends = []  # of branches: (joined by, value, layers)
+        for taker in takers:
+            if not self._joins(taker) and takers.count(taker) > 1:
+                raise self._no_chain(taker)
+            self.current, self.shape, self.layers = start, shape, []
+            join = taker
+            if not self._joins(taker):
+                self._step(taker)
+                join = self._chain()
+            ends.append((join, self.current, self.layers))
+        while True:
+            self.current = start
+            node, branches = self._joined(ends, takers)
+            block = self._block(node, branches)
+            try:
+                self.shape = None if shape is None else output_shape(block, shape)
+            except ValueError as error:
+                raise node.refused(error) from None
+            self._pass(node)
+            if not ends:
+                self.layers = [*before, block]
+                return
+            # a block that is the first of a longer branch
+            self.layers = [block]
+            join = self._chain()
+            ends.append((join, self.current, self.layers))
+
+    def _joined(self, ends, takers):
+        """A node whose inputs are ends of branches; these are taken out of ``ends``.
+
+        Returns the node, and its branches in the order in which it joins them.
+        """
+        for node in [join for join, _, _ in ends if join is not None]:
+            here = [end for end in ends if end[0] is node]
+            if sorted(value for _, value, _ in here) != sorted(node.inputs):
+                continue
+            branches = []
+            for name in node.inputs:
+                end = next(end for end in here if end[1] == name)
+                here.remove(end)
+                ends.remove(end)
+                branches.append(nn.Sequential(*end[2]))
+            return node, branches
+        raise self._no_chain(takers[0])
+
+    def _block(self, node, branches):
+        if node.operator == "Concat":
+            axis = node("axis", 1)
+            if axis != 1:
+                raise node.refused(
+                    f"axis is {axis}, only 1, the channels, is supported"
+                )
+            return nn.Concat(*branches)
+        if not any(map(len, branches)):
+            raise self._no_chain(node)
+        # an empty way is the shortcut, whichever comes first
+        body, shortcut = sorted(branches, key=lambda branch: not len(branch))
+        return nn.Residual(body, shortcut if len(shortcut) else None)
+
+    def _no_chain(self, node) -> DataError:
+        return node.refused(
+            f"its input is {node.inputs[0] if node.inputs else ''!r}; the node in "
+            f"front of it gives {self.current!r}, which is used "
+            f"{self.uses[self.current]} times: only chains are supported, each value "
+            f"used once, by the next node, and branches of chains that one Add or "
+            f"Concat joins"
+        )
+
+    def _check_step(self, node):
         if node.operator == "Add" and node.inputs[0] in self.constants:
             node.inputs.reverse()
-        if node.inputs[0] != self.current or self.uses[self.current] != 1:
-            raise node.refused(
-                f"its input is {node.inputs[0]!r}; the node in front of it gives "
-                f"{self.current!r}, which is used {self.uses[self.current]} times: "
-                f"only chains are supported, each value used once, by the next node"
-            )
+        if not node.inputs or node.inputs[0] != self.current:
+            raise self._no_chain(node)
         for name in node.outputs[1:]:
             if self.uses[name] or name and node.operator == "BatchNormalization":
                 raise node.refused(f"its output {name!r} is not supported")
@@ -286,6 +432,80 @@ class _Reader:
             *(outputs, kernel, stride, padding, dilation, groups, bias is not None),
         )
         self.layers.append(_filled(layer, weight, bias))
+
+    def _conv_transpose(self, node):
+        weight = self._weight(node, 1)
+        if weight.ndim != 4:
+            raise node.refused(f"its weight of shape {weight.shape} has not 4 axes")
+        kernel = weight.shape[2:]
+        if tuple(node("kernel_shape", kernel)) != kernel:
+            raise node.refused(f"kernel_shape differs from its weight, {weight.shape}")
+        stride, dilation = node("strides", [1, 1]), node("dilations", [1, 1])
+        pads, more = node("pads", [0] * 4), list(node("output_padding", [0, 0]))
+        groups, auto = node("group", 1), node("auto_pad", b"NOTSET").decode()
+        if not len(stride) == len(dilation) == len(more) == len(pads) / 2 == 2:
+            raise node.refused("only images of two dimensions are supported")
+        numbers = *stride, *dilation, *kernel, groups
+        if min(numbers) < 1 or min(*pads, *more) < 0 or max(*numbers, *pads) >= 2**31:
+            raise node.refused("a number in its attributes is out of range")
+        wanted = node("output_shape")
+        if wanted is not None or auto not in ("NOTSET", "VALID"):
+            raise node.refused(
+                "output_shape and auto_pad are not supported: give pads and "
+                "output_padding"
+            )
+        padding = []
+        for axis in range(2):
+            before, after = pads[axis], pads[2 + axis]
+            if auto == "VALID":
+                before = after = 0
+            # what is not cut off behind is as many more
+            more[axis] += before - after
+            padding.append(before)
+        if any(not 0 <= m < s for m, s in zip(more, stride)):
+            raise node.refused(
+                f"pads {list(pads)} and output_padding come to {more} more rows and "
+                f"columns at the end: expected 0 or more, less than the stride"
+            )
+        bias = self._weight(node, 2, optional=True)
+        layer = nn.ConvTranspose2d(
+            weight.shape[0],
+            weight.shape[1] * groups,
+            kernel,
+            stride,
+            padding,
+            more,
+            groups,
+            bias is not None,
+            dilation,
+        )
+        self.layers.append(_filled(layer, weight, bias))
+
+    def _pad(self, node):
+        if node("mode", b"constant") != b"constant":
+            raise node.refused(
+                f"mode is {node('mode').decode()!r}, only 'constant' is supported"
+            )
+        pads, value = node("pads"), node("value", 0.0)
+        if pads is None:
+            pads = self._weight(node, 1, "int64").tolist()
+            given = self._weight(node, 2, optional=True)
+            value = 0.0 if given is None else given.item()
+            axes = self._weight(node, 3, "int64", optional=True)
+            if axes is not None and axes.tolist() not in ([0, 1, 2, 3], [2, 3]):
+                raise node.refused(
+                    f"axes are {axes.tolist()}, only all, or the last two, "
+                    f"are supported"
+                )
+            if axes is not None and len(axes) == 2 and len(pads) == 4:
+                pads = [0, 0, *pads[:2], 0, 0, *pads[2:]]
+        if value != 0 or len(pads) != 8 or any((*pads[:2], *pads[4:6])):
+            raise node.refused(
+                f"pads {list(pads)} with {value}: only zeros around images "
+                f"(N, C, H, W) are supported"
+            )
+        _, _, top, left, _, _, bottom, right = pads
+        self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
 
     def _gemm(self, node):
         weight = self._weight(node, 1)
@@ -424,6 +644,7 @@ _OPERATORS = {
     "BatchNormalization": _Reader._batch_normalization,
     "Constant": None,
     "Conv": _Reader._conv,
+    "ConvTranspose": _Reader._conv_transpose,
     "Dropout": _Reader._dropout,
     "Flatten": _Reader._flatten,
     "Gemm": _Reader._gemm,
@@ -431,10 +652,25 @@ _OPERATORS = {
     "LogSoftmax": _Reader._log_softmax,
     "MatMul": _Reader._gemm,
     "MaxPool": _Reader._max_pool,
+    "Pad": _Reader._pad,
     "Relu": lambda reader, node: reader.layers.append(nn.ReLU()),
     "Reshape": _Reader._reshape,
     "Sigmoid": lambda reader, node: reader.layers.append(nn.Sigmoid()),
 }
+
+
+# what is computed where all inputs are constants, of so many numbers at most
+_OF_CONSTANTS = (
+    "Cast", "Concat", "ConstantOfShape", "Gather", "Mul", "Reshape", "Shape", "Slice",
+    "Squeeze", "Sub", "Transpose", "Unsqueeze",
+)  # fmt: skip
+_FEW = 1 << 10
+# what wrong attributes lead to there
+_FAILURES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+_JOINS = ("Concat",)  # beside Add, which may also add a constant
 
 
 def _with_bias(layer):

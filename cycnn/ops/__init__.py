@@ -28,6 +28,16 @@ class Feed(NamedTuple):
     lr: object  # float32 (), or (groups,) for groups of parameters
 
 
+class Augmentation(NamedTuple):
+    """What may happen to images at random; see ``augment_images``."""
+
+    shift: tuple = (0, 0)  # most rows and columns that an image moves
+    flip: bool = False  # whether one of two is mirrored
+    rotation: float = 0.0  # most that it turns, in radians
+    zoom: float = 0.0  # most that its size changes, as a fraction
+    cutout: int = 0  # side of the square that is cut out
+
+
 def for_device(device):
     """The module of operations for tensors on ``device``."""
     module = _loaded.get(device.type)

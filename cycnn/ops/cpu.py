@@ -66,6 +66,9 @@ from .cpu_pooling import (  # noqa: F401
     global_avgpool2d_forward,
 )
 
+# after _cpu, which sets how the threads wait
+from . import _cpu_depthwise  # isort: skip
+
 
 def _labels(name: str, scores, labels) -> tuple:
     """Arrays of (N, F) scores and (N,) labels that are in range."""
@@ -175,6 +178,13 @@ def _no_gradients(dweight, dbias, accumulate):
 # convolution and pooling
 
 
+def _convolution(x_shape, w_shape, y_shape, stride, padding, dilation, groups):
+    """The loops for a geometry."""
+    depthwise = groups > 1 and w_shape[1] == 1
+    kind = _cpu_depthwise.Depthwise if depthwise else _cpu.Convolution
+    return kind(x_shape, w_shape, y_shape, stride, padding, dilation, groups)
+
+
 def conv2d_forward(
     x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ):
@@ -185,7 +195,7 @@ def conv2d_forward(
     )
     y = _cpu.empty(shape, _FLOAT32)
     if y.size:
-        conv = _cpu.Convolution(
+        conv = _convolution(
             x.shape, weight.shape, shape, stride, padding, dilation, groups
         )
         conv.forward(_flat(x), _flat(weight), bias, _flat(y))
@@ -222,7 +232,7 @@ def conv2d_backward(
     if not dy.size:
         _no_gradients(dweight, dbias, accumulate)
         return from_array(np.zeros_like(x)) if need_dx else None
-    conv = _cpu.Convolution(
+    conv = _convolution(
         x.shape, weight.shape, dy.shape, stride, padding, dilation, groups
     )
     conv.gradient_weight(_flat(dy), _flat(x), _flat(dweight), dbias, accumulate)
@@ -446,3 +456,23 @@ def end_step(losses, scores, labels, loss_sum, hits, feed):
 
 def _feed_arrays(feed):
     return feed._make(x if x is None else x.array for x in feed)
+
+
+# operations of other modules, which take their helpers from this one
+
+from .cpu_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    samples_of_step,
+)
+from .cpu_blocks import (  # noqa: F401
+    add_relu,
+    concat_backward,
+    concat_forward,
+    zero_pad2d_backward,
+    zero_pad2d_forward,
+)
+from .cpu_conv_transpose import (  # noqa: F401
+    conv_transpose2d_backward,
+    conv_transpose2d_forward,
+)

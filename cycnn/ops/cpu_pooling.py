@@ -10,9 +10,7 @@ from .cpu_common import _FLOAT32, _array, _cpu, _flat
 from . import _cpu_pooling as _loops  # isort: skip
 
 
-def avgpool2d_forward(
-    x, kernel_size, stride, padding=(0, 0), count_include_pad=True
-):
+def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=True):
     """y (N, C, P, Q): the mean of each window of x."""
     x = _array("x", x)
     shape = shapes.pool2d_output_shape(x.shape, kernel_size, stride, padding)

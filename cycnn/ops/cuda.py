@@ -404,7 +404,7 @@ def linear_backward(dy, x, weight, dweight, dbias, need_dx=True, accumulate=Fals
 # convolution
 
 _im2col = Kernel("conv", "im2col", "PPiiiiiiiiiiiiiiq")
-_col2im = Kernel("conv", "col2im", "PPiiiiiiiiiiiiiiq")
+_col2im = Kernel("conv", "col2im", "PPPiiiiiiiiiiiiiiq")
 
 
 class _Unrolled:
@@ -489,6 +489,8 @@ def _conv_forward_plan(
 def conv2d_forward(
     x, weight, bias, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1
 ):
+    if _depthwise.is_depthwise(weight.shape, groups):
+        return _depthwise.forward(x, weight, bias, stride, padding, dilation, groups)
     device = x.device
     gpu = _get(device.index)
     y_shape, column_shape, steps = _conv_forward_plan(
@@ -577,6 +579,11 @@ def conv2d_backward(
     need_dx=True,
     accumulate=False,
 ):
+    if _depthwise.is_depthwise(weight.shape, groups):
+        return _depthwise.backward(
+            dy, x, weight, dweight, dbias, stride, padding, dilation, groups, need_dx,
+            accumulate,
+        )  # fmt: skip
     device = x.device
     gpu = _get(device.index)
     column_shape, steps = _conv_backward_plan(
@@ -618,7 +625,7 @@ def conv2d_backward(
             # the column matrix has been used, its gradient takes its place
             for_dcolumn.run(gpu, column, weight, dy_part)
             grid, numbers = fold
-            _col2im(gpu.compute, grid, _BLOCK, dx_part, column, *numbers)
+            _col2im(gpu.compute, grid, _BLOCK, dx_part, column, None, *numbers)
     return dx
 
 
@@ -902,3 +909,24 @@ def _lay_out(feed, tally_arguments, rate_of, dependent=False):
         0 if feed.rates is None else feed.rates.shape[0],
         1 if feed.lr is None else feed.lr.size, rate_of, dependent=dependent,
     )  # fmt: skip
+
+
+# operations of other modules, which take their helpers from this one
+
+from . import cuda_depthwise as _depthwise
+from .cuda_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    samples_of_step,
+)
+from .cuda_blocks import (  # noqa: F401
+    add_relu,
+    concat_backward,
+    concat_forward,
+    zero_pad2d_backward,
+    zero_pad2d_forward,
+)
+from .cuda_conv_transpose import (  # noqa: F401
+    conv_transpose2d_backward,
+    conv_transpose2d_forward,
+)

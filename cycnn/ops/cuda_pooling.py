@@ -21,9 +21,7 @@ _pool_shape = lru_cache(256)(shapes.pool2d_output_shape)
 _check_pool = lru_cache(256)(shapes.check_avgpool2d_backward)
 
 
-def avgpool2d_forward(
-    x, kernel_size, stride, padding=(0, 0), count_include_pad=True
-):
+def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=True):
     x_shape = x.shape
     y_shape = _pool_shape(x_shape, kernel_size, stride, padding)
     device = x.device

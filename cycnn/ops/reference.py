@@ -724,3 +724,25 @@ def gather_labels(labels, index):
     shapes.gather_output_shape(labels.shape, index.shape)
     check_index_range(index, len(labels))
     return labels[index].astype(np.int32)
+
+
+# operations of other modules, which take their helpers from this one
+
+from .reference_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    check_augment,
+    check_drawn,
+    samples_of_step,
+)
+from .reference_blocks import (  # noqa: F401
+    add_relu,
+    concat_backward,
+    concat_forward,
+    zero_pad2d_backward,
+    zero_pad2d_forward,
+)
+from .reference_conv_transpose import (  # noqa: F401
+    conv_transpose2d_backward,
+    conv_transpose2d_forward,
+)

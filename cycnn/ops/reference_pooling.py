@@ -29,9 +29,7 @@ def _windows(x_shape, y_shape, kernel_size, stride, padding, count_include_pad):
             yield p, q, rows, columns, count
 
 
-def avgpool2d_forward(
-    x, kernel_size, stride, padding=(0, 0), count_include_pad=True
-):
+def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=True):
     """The mean of each window.
 
     y[n, c, p, q] = 1 / count * sum_{r, s} x[n, c, p stride - padding + r, q ...], zeros

@@ -174,11 +174,21 @@ class CapturedSteps(Steps):
         # a set that does not fit streams through a window, in the order of the epoch
         self.window = Window(loader) if loader.resident() is None else None
         self.held = self.window or loader.resident()
+        self.preparation = loader.preparation
         dataset = loader.dataset
         # images that are their own targets have to be there for the loss, too
         self.made = not dataset.has_classes and dataset.own_images
-        self.gather = dataset.images.dtype == np.uint8 and not self.made
+        bytes_ = dataset.images.dtype == np.uint8
+        self.gather = bytes_ and not self.made and self.preparation is None
         order = empty(len(dataset), "int32", device)
+        # what an epoch draws its random numbers with, where recorded kernels find it
+        self.key = None
+        if self.preparation is not None:
+            self.key = self.preparation.key_of(0)
+        # the numbers of the epoch's images, where the order holds places of the window
+        self.samples = None
+        if self.window is not None and self.preparation is not None:
+            self.samples = empty(len(dataset), "int32", device)
         self.feed = Feed(
             order=order,
             position=empty(2, "int32", device),
@@ -216,11 +226,15 @@ class CapturedSteps(Steps):
             rates = Tensor(rates, loader.device)
         self.feed = self.feed._replace(rates=rates, lr=trainer.optimizer.lr_tensor)
         self.feed.position.copy_(np.array([done, self.step], np.int32))
+        if self.key is not None:
+            self.key.copy_(self.preparation.key_of(epoch))
         if self.window is None:
             self.feed.order.copy_(loader.order(epoch))
         else:
             self.feed.order.copy_(self.window.order())
             self.window.begin(epoch, done)
+            if self.samples is not None:
+                self.samples.copy_(loader.order(epoch))
             self.window.reach(done, done + loader.batch_size)
         self.ops.begin_step(self.feed)
 
@@ -291,20 +305,27 @@ class CapturedSteps(Steps):
 
     def _whole_step(self, count, update, recording):
         dataset, feed = self.loader.dataset, self.feed
-        images = fused.Gather(
-            self.held.images,
-            feed.index[:count],
-            dataset.scale,
-            dataset.shift,
-        )
-        if self.made:
+        images, labels = self._images(count), feed.labels[:count]
+        if self.made and isinstance(images, fused.Gather):
             images = images.made()
-        labels = feed.labels[:count]
         if not dataset.has_classes:
             labels = gather_targets(
                 self.ops, dataset, self.held.labels, feed.index[:count], images
             )
         self._train(images, labels, update, recording, feed)
+
+    def _images(self, count):
+        """The images of a step, which the first layer may be left to make."""
+        dataset, feed = self.loader.dataset, self.feed
+        index = feed.index[:count]
+        if self.preparation is None:
+            return fused.Gather(self.held.images, index, dataset.scale, dataset.shift)
+        samples = index
+        if self.samples is not None:
+            samples = self.ops.samples_of_step(
+                self.samples, feed.position, feed.index.size, count
+            )
+        return self.preparation.batch(self.key, self.held.images, index, samples)
 
     def _signature(self):
         trainer = self.trainer

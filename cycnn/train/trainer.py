@@ -283,6 +283,7 @@ class Trainer:
         shuffle=True,
         seed=None,
         test=None,
+        augment=None,
         callbacks=(),
         progress=False,
     ) -> History:
@@ -308,6 +309,9 @@ class Trainer:
             :func:`cycnn.manual_seed`'s generator when the run starts.
         test : data.ArrayDataset, optional
             Evaluated after every epoch.
+        augment : data.Augment, optional
+            What happens to the training images at random. Nothing ever happens to those
+            of ``test``, nor in :meth:`evaluate` and :meth:`predict`.
         callbacks : sequence
             See the class's notes.
         progress : bool
@@ -347,7 +351,12 @@ class Trainer:
 
         device = self.model.device
         loader = DataLoader(
-            train, batch_size, shuffle=shuffle, seed=seed, device=device
+            train,
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            device=device,
+            augment=augment,
         )
         test_loader = None
         if test is not None:
