@@ -176,7 +176,7 @@ def head_forward(x, weight, bias, labels):
     return log_probs, loss, cpu.cross_entropy_backward(log_probs, labels)
 
 
-def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels, settled=False):
     hidden = linear_block_forward(x, weight, bias, relu)
     log_probs, _, dlogits = head_forward(hidden, weight_out, bias_out, labels)
     losses = -log_probs.array[np.arange(len(labels)), labels.array]

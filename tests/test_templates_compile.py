@@ -181,6 +181,20 @@ def disassembler():
 READ_AHEAD = ("third convolution, backward", "linear and head, backward")
 
 
+def instructions(plan, shape, mode, folder):
+    """Waits, loads, products and ends of paths of a kernel, in order."""
+    program = disassembler()
+    if program is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    library, options, specific = plan("sm_90", mode, shape)
+    image = folder / "image.cubin"
+    image.write_bytes(compiled(library, options, "sm_90a" if specific else "sm_90"))
+    code = subprocess.run(
+        [program, "-c", image], capture_output=True, text=True, check=True
+    ).stdout
+    return re.findall(r"\b(?:ACQBULK|EXIT|RET|LDG\S*|\w*MMA)\b\S*", code)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in READ_AHEAD])
 def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
@@ -188,19 +202,9 @@ def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
 
     The assembler may move loads of what is called constant, and has done so.
     """
-    program = disassembler()
-    if program is None:
-        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    plan, shape = KERNELS[kernel]
-    library, options, specific = plan("sm_90", mode, shape)
-    image = tmp_path / "image.cubin"
-    image.write_bytes(compiled(library, options, "sm_90a" if specific else "sm_90"))
-    code = subprocess.run(
-        [program, "-c", image], capture_output=True, text=True, check=True
-    ).stdout
     # what may run before a wait: since the last instruction that ends a path
     seen, waits = [], 0
-    for word in re.findall(r"\b(?:ACQBULK|EXIT|RET|LDG\S*|\w*MMA)\b\S*", code):
+    for word in instructions(*KERNELS[kernel], mode, tmp_path):
         if word.startswith("ACQBULK"):
             waits += 1
             assert not [load for load in seen if "CONSTANT" in load]
@@ -208,6 +212,16 @@ def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
             seen = []
         seen.append(word)
     assert waits
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("plan, shape", [(tail, (512, 128, 10))])
+def test_fresh_loads_stay_behind_the_wait(plan, shape, mode, tmp_path):
+    """load_fresh (STRONG) behind both waits, where what is settled is read ahead."""
+    words = instructions(plan, shape, mode, tmp_path)
+    waits = [i for i, word in enumerate(words) if word.startswith("ACQBULK")]
+    fresh = [i for i, word in enumerate(words) if "STRONG" in word]
+    assert len(waits) == 2 and fresh and min(fresh) > max(waits)
 
 
 def test_every_template_is_compiled_here():

@@ -643,10 +643,18 @@ class Objective:
             last.weight.data,
             None if last.bias is None else last.bias.data,
             labels,
+            self._settled(),
         )
         self._hidden._saved = features, y
         self._saved = y, dlogits
         return log_probs, losses
+
+    def _settled(self) -> bool:
+        """Whether a kernel is queued between an update and the last layers.
+
+        Every run of the body is one at least.
+        """
+        return any(isinstance(layer, _Run) for layer in self._body)
 
     def backward(self, partials=None):
         """Fill the gradients of all parameters.

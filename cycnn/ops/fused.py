@@ -203,9 +203,9 @@ def head_forward(x, weight, bias, labels):
     return _modules()[0].head_forward(x, weight, bias, labels)
 
 
-def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels, settled=False):
     return _modules()[0].tail_forward(
-        x, weight, bias, relu, weight_out, bias_out, labels
+        x, weight, bias, relu, weight_out, bias_out, labels, settled
     )
 
 

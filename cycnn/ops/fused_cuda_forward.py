@@ -544,7 +544,7 @@ def tail_supported(inputs, hidden, classes, index) -> bool:
 
 
 def _tail_kernel(plan):
-    return _kernels(plan, "tail_forward", "PPPPPPPPPPi").run
+    return _kernels(plan, "tail_forward", "PPPPPPPPPPii").run
 
 
 def tail_kernels(
@@ -556,7 +556,7 @@ def tail_kernels(
     return [] if plan is None else [_tail_kernel(plan)]
 
 
-def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels, settled=False):
     """A linear layer, ReLU if ``relu``, and the head behind it, in one kernel.
 
     Parameters
@@ -566,6 +566,9 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
     relu : bool
     weight_out, bias_out : Tensor (O, H), Tensor (O,) or None
     labels : int32 Tensor (N,)
+    settled : bool
+        Whether the kernel that wrote weights and biases last was not the one queued
+        just ahead: they are fetched while that one still runs.
 
     Returns
     -------
@@ -625,6 +628,7 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
             losses,
             dlogits,
             n,
+            settled,
             dependent=True,
         )
     return hidden, log_probs, losses, dlogits
