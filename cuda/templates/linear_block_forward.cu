@@ -41,8 +41,8 @@ __device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i
 }
 
 // Rows 8 j + g of a matrix, of this warp's block of a round; zeros past the last block.
-// from: first row of the tile. There are `rows` from there on; past them the last one is
-// read again, for sums that nobody looks at.
+// from: first row of the tile. There are `rows` from there on; past them the last one
+// is read again, for sums that nobody looks at.
 template <bool FRESH, int count>
 __device__ __forceinline__ void load_rows(float (&v)[count][4], const float* from,
                                           int rows, int round) {
