@@ -176,11 +176,21 @@ def head_forward(x, weight, bias, labels):
     return log_probs, loss, cpu.cross_entropy_backward(log_probs, labels)
 
 
-def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels, settled=False):
     hidden = linear_block_forward(x, weight, bias, relu)
     log_probs, _, dlogits = head_forward(hidden, weight_out, bias_out, labels)
     losses = -log_probs.array[np.arange(len(labels)), labels.array]
     return hidden, log_probs, cycnn.Tensor(losses, "cpu"), dlogits
+
+
+def conv_tail_forward(x, block, tail, labels, packed=None, settled=False):
+    y, _ = conv_block_forward(x, *block, packed)
+    flat = y.reshape(y.shape[0], tail.weight.shape[1])
+    return y, *tail_forward(flat, *tail, labels)
+
+
+def pack_conv_tail_filter(x_shape, block):
+    return PackedFilter(block.weight)
 
 
 def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
@@ -189,13 +199,15 @@ def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
 
 def tail_backward(
     dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
-    need_dx,
+    need_dx, x_settled=True,
 ):  # fmt: skip
     dy = head_backward(dlogits, hidden, weight_out, dweight_out, dbias_out, True)
     return linear_block_backward(dy, hidden, x, weight, dweight, dbias, True, need_dx)
 
 
-def tail_backward_partials(dlogits, hidden, x, weight, weight_out, need_dx):
+def tail_backward_partials(
+    dlogits, hidden, x, weight, weight_out, need_dx, x_settled=True
+):
     dy, made_out = head_backward_partials(dlogits, hidden, weight_out, True)
     given = dy, hidden, x, weight, True, need_dx
     return *linear_block_backward_partials(*given), made_out
@@ -258,6 +270,8 @@ def calls(monkeypatch):
         tail_backward_partials,
         conv_pair_backward,
         conv_pair_backward_partials,
+        conv_tail_forward,
+        pack_conv_tail_filter,
     ):
         monkeypatch.setattr(fused, function.__name__, stand_in(function))
     for name in ("conv_block", "conv_pair", "gather", "linear_block", "head", "tail"):
@@ -266,8 +280,22 @@ def calls(monkeypatch):
     monkeypatch.setattr(
         fused, "conv_pair_backward_supported", conv_pair_backward_supported
     )
+    monkeypatch.setattr(fused, "conv_tail_supported", lambda *_: False)
     monkeypatch.setattr(fused, "updater", Updater)
     return ran
+
+
+@pytest.fixture
+def conv_tail(calls, monkeypatch):
+    """What goes into the kernels of a convolution and a tail in one, which are there."""
+    asked = []
+
+    def supported(device, precision, x_shape, block, tail):
+        asked.append((x_shape, block, tail))
+        return True
+
+    monkeypatch.setattr(fused, "conv_tail_supported", supported)
+    return asked
 
 
 def kinds(model):
@@ -452,6 +480,73 @@ def test_an_objective_is_model_and_loss(make, make_loss, lacking, calls, monkeyp
     assert ran == wanted[len(lacking) :][:1]
 
 
+def small_end(*between, bias=True):
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 5, stride=3), nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(8, 16, 2, bias=bias), nn.ReLU(), *between, nn.Flatten(),
+        nn.Linear(64 if not between else 16, 7, bias=bias), nn.ReLU(),
+        nn.Linear(7, 10, bias=bias), nn.LogSoftmax(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lacking", [None, "conv_tail", "conv_block"])
+def test_the_tail_takes_a_convolution_with_it(
+    bias, lacking, conv_tail, calls, monkeypatch
+):
+    if lacking:
+        monkeypatch.setattr(fused, f"{lacking}_supported", lambda *_: False)
+    model = small_end(bias=bias)
+    rng = np.random.default_rng(1)
+    x = cycnn.Tensor(rng.standard_normal((5, 1, 28, 28), dtype=np.float32), "cpu")
+    labels = cycnn.Tensor(rng.integers(0, 10, 5), "cpu")
+    results = []
+    for together in (False, True):
+        objective = nn.Objective(model, nn.NLLLoss(), together)
+        for _ in range(2):
+            scores, value = objective.forward(x, labels)
+            objective.backward()
+            grads = [p.grad.numpy() for p in model.parameters()]
+            results.append([scores.numpy(), value.numpy().mean(), *grads])
+            for p in model.parameters():
+                p.grad.fill_(np.nan)
+    for other in results[1:]:
+        for one, two in zip(results[0], other):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    assert calls.count("conv_tail_forward") == (0 if lacking else 2)
+    assert ("tail_forward" in calls) == bool(lacking)
+    for x_shape, block, tail in conv_tail:
+        assert x_shape == (5, 8, 3, 3)
+        shape = (16,) if bias else None
+        assert block == ((16, 8, 2, 2), shape, True, None, (1, 1), (0, 0))
+        shapes = ((7,), (10,)) if bias else (None, None)
+        assert tail == ((7, 64), shapes[0], True, (10, 7), shapes[1])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        small_end(nn.MaxPool2d(2)),
+        small_end(nn.Sigmoid(), nn.MaxPool2d(2)),
+        nn.Sequential(
+            nn.Conv2d(1, 2, 5), nn.Flatten(), nn.Linear(1152, 5), nn.Linear(5, 10),
+            nn.LogSoftmax(),
+        ),
+        nn.Sequential(
+            nn.Conv2d(1, 2, 5), nn.Conv2d(2, 2, 5), nn.Flatten(), nn.Linear(800, 5),
+            nn.Linear(5, 10), nn.LogSoftmax(),
+        ),
+    ],
+    ids=["pooling", "a layer between", "nothing ahead", "a pair"],
+)  # fmt: skip
+def test_convolutions_that_the_tail_leaves(model, conv_tail, calls):
+    objective = nn.Objective(model, nn.NLLLoss(), True)
+    x = cycnn.Tensor(np.ones((2, 1, 28, 28), np.float32), "cpu")
+    objective.forward(x, cycnn.Tensor([1, 2], "cpu"))
+    objective.backward()
+    assert "conv_tail_forward" not in calls and "tail_forward" in calls
+
+
 def test_training_fused_on_a_device_without_kernels():
     train, test = patterns(200), patterns(70, seed=9)
     trainers = [make_trainer(optim.schedules.linear()) for _ in range(2)]
@@ -490,9 +585,11 @@ def test_a_recorded_step_adds_the_parts_of_gradients_up(
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("last", ["tail", "head"])
-def test_the_reference_network_recorded(last, calls, monkeypatch):
-    monkeypatch.setattr(fused, "tail_backward_supported", lambda *_: last == "tail")
+@pytest.mark.parametrize("last", ["conv_tail", "tail", "head"])
+def test_the_reference_network_recorded(last, conv_tail, calls, monkeypatch):
+    monkeypatch.setattr(fused, "tail_backward_supported", lambda *_: last != "head")
+    if last != "conv_tail":
+        monkeypatch.setattr(fused, "conv_tail_supported", lambda *_: False)
     train = patterns(50, side=28, classes=10)
     digests = []
     for capture in (False, True):
@@ -503,6 +600,8 @@ def test_the_reference_network_recorded(last, calls, monkeypatch):
         trainer.fit(train, 2, 16, seed=1)
         digests.append([*model.state_dict().values()])
     assert {"conv_pair_backward", "conv_pair_backward_partials"} < set(calls)
+    assert ("conv_tail_forward" in calls) == (last == "conv_tail")
+    assert calls.count("pack_conv_tail_filter") == (last == "conv_tail")
     for one, other in zip(*digests):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 

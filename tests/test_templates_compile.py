@@ -60,6 +60,16 @@ def tail(arch, mode, shape):
     return plan.library, plan.definitions, plan.specific
 
 
+def conv_tail(arch, mode, shape):
+    third, hidden, classes = shape
+    machine = forward_plan.Machine(arch, PROCESSORS)
+    layout = forward_plan.conv_plan(block(third), BATCH, machine, MODES["tf32"]).layout
+    plan = forward_plan.conv_tail_plan(
+        block(third), layout, BATCH, hidden, classes, True, True, True, machine
+    )
+    return plan.library, plan.definitions, plan.specific
+
+
 def conv_backward(arch, mode, shape):
     c, h, w, k, r, pool = shape
     block = conv_backward_plan.Shape(
@@ -82,6 +92,13 @@ def linear_backward(arch, mode, shape):
 
 def tail_backward(arch, mode, shape):
     kernel = backward._tail(BATCH, *shape, False, True, mode, PROCESSORS).kernel
+    return kernel.library, kernel.options, kernel.specific
+
+
+def conv_tail_backward(arch, mode, shape):
+    """What comes behind conv_tail, which makes its x."""
+    given = False, True, mode, PROCESSORS
+    kernel = backward._tail(BATCH, *shape, *given, x_settled=False).kernel
     return kernel.library, kernel.options, kernel.specific
 
 
@@ -126,6 +143,10 @@ SOME_HAVE = [
     (tail, (512, 128, 10), "sm_90", "fp32"),
     (tail, (512, 128, 10), "sm_100", "tf32"),
     (tail, (512, 128, 10), "sm_90", "bf16"),
+    (conv_tail, (THIRD, 128, 10), "sm_90", "tf32"),
+    (conv_tail, (THIRD, 128, 10), "sm_100", "tf32"),
+    (conv_tail_backward, (512, 128, 10), "sm_90", "tf32"),
+    (conv_tail_backward, (512, 128, 10), "sm_90", "bf16"),
 ]
 
 
@@ -181,6 +202,21 @@ def disassembler():
 READ_AHEAD = ("third convolution, backward", "linear and head, backward")
 
 
+def instructions(plan, shape, mode, folder):
+    """Waits, loads, products and ends of paths of a kernel, in order."""
+    program = disassembler()
+    if program is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    library, options, specific = plan("sm_90", mode, shape)
+    image = folder / "image.cubin"
+    image.write_bytes(compiled(library, options, "sm_90a" if specific else "sm_90"))
+    code = subprocess.run(
+        [program, "-c", image], capture_output=True, text=True, check=True
+    ).stdout
+    words = r"\b(?:ACQBULK|EXIT|RET|LDG\S*|\w*MMA|UBLKCP)\b\S*"
+    return re.findall(words, code)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k not in READ_AHEAD])
 def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
@@ -188,19 +224,9 @@ def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
 
     The assembler may move loads of what is called constant, and has done so.
     """
-    program = disassembler()
-    if program is None:
-        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
-    plan, shape = KERNELS[kernel]
-    library, options, specific = plan("sm_90", mode, shape)
-    image = tmp_path / "image.cubin"
-    image.write_bytes(compiled(library, options, "sm_90a" if specific else "sm_90"))
-    code = subprocess.run(
-        [program, "-c", image], capture_output=True, text=True, check=True
-    ).stdout
     # what may run before a wait: since the last instruction that ends a path
     seen, waits = [], 0
-    for word in re.findall(r"\b(?:ACQBULK|EXIT|RET|LDG\S*|\w*MMA)\b\S*", code):
+    for word in instructions(*KERNELS[kernel], mode, tmp_path):
         if word.startswith("ACQBULK"):
             waits += 1
             assert not [load for load in seen if "CONSTANT" in load]
@@ -210,7 +236,29 @@ def test_no_load_is_moved_ahead_of_the_wait(kernel, mode, tmp_path):
     assert waits
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "plan, shape", [(tail, (512, 128, 10)), (conv_tail, (THIRD, 128, 10))]
+)
+def test_fresh_loads_stay_behind_the_wait(plan, shape, mode, tmp_path):
+    """load_fresh (STRONG) behind the waits, where what is settled is read ahead.
+
+    Each kind of warps has two, of which one is passed.
+    """
+    waits = fresh = 0
+    for word in instructions(plan, shape, mode, tmp_path):
+        if word.startswith("ACQBULK"):
+            waits += 1
+        elif "STRONG" in word or "UBLKCP" in word:
+            fresh += 1
+            assert waits % 2 == 0
+        elif word == "EXIT":
+            assert waits % 2 == 0
+    assert waits and fresh
+
+
 def test_every_template_is_compiled_here():
-    used = {plan("sm_90", "tf32", shape)[0] for plan, shape in KERNELS.values()}
+    plans = [*KERNELS.values(), *(some[:2] for some in SOME_HAVE)]
+    used = {plan("sm_90", "tf32", shape)[0] for plan, shape in plans}
     folder = kernel_compile.source_directory() / "templates"
     assert used == {path.stem for path in folder.glob("*.cu")}

@@ -172,6 +172,7 @@ def launched(monkeypatch):
     """The kernels that fused layers would launch on an H100, from tensors of the CPU."""
     gpu = SimpleNamespace(arch="sm_90", sm_count=132, compute=None, capability=(9, 0))
     caches = [forward._conv, forward._pair, forward._kernels, forward._machine]
+    caches += [forward._conv_tail]
     caches += [backward._conv, backward._conv_kernel, backward._linear, backward._tail]
     caches += [pair_backward._kernel, pair_backward._machine]
     for module in (forward, backward, pair_backward):
@@ -197,6 +198,11 @@ def launched(monkeypatch):
                 machine, precision, x_shape, first, second, gather
             )
         ),
+    )
+    monkeypatch.setattr(
+        fused,
+        "conv_tail_supported",
+        lambda device, *given: bool(forward.conv_tail_kernels(machine, *given)),
     )
     monkeypatch.setattr(
         fused,
@@ -284,9 +290,10 @@ def test_the_reference_network_needs_what_the_plans_say():
         conv_forward,
         conv_pair,
         conv_pair_backward,
+        conv_tail,
+        conv_tail_backward,
         head,
         linear_forward,
-        tail,
         tail_backward,
     )
 
@@ -297,7 +304,10 @@ def test_the_reference_network_needs_what_the_plans_say():
             some_have = {
                 conv_pair(arch, mode, (FIRST, SECOND), gather=False),
                 conv_pair_backward(arch, mode, (32, 64)),
-                tail(arch, mode, (512, 128, 10)),
+                # which packs its filter for the convolution of "tf32"
+                conv_tail(arch, mode, (THIRD, 128, 10)),
+                conv_tail_backward(arch, mode, (512, 128, 10)),
+                conv_forward(arch, "tf32", THIRD),
             }
         else:
             some_have = {
@@ -305,12 +315,12 @@ def test_the_reference_network_needs_what_the_plans_say():
                 *(conv_backward(arch, mode, shape) for shape in (FIRST, SECOND)),
                 linear_forward(arch, mode, (512, 128)),
                 head(arch, mode, (128, 10)),
+                conv_forward(arch, mode, THIRD),
+                tail_backward(arch, mode, (512, 128, 10)),
             }
         planned = {
             *some_have,
-            conv_forward(arch, mode, THIRD),
             conv_backward(arch, mode, THIRD),
-            tail_backward(arch, mode, (512, 128, 10)),
             ("update", (), False),
         }
         assert {(k.library, k.options, k.specific) for k in kernels} == planned

@@ -208,6 +208,27 @@ __device__ __forceinline__ void send_to_block(u32 p, u32 barrier, u32 rank, floa
       "r"(barrier), "r"(rank), "r"(__float_as_uint(v))
       : "memory");
 }
+// the same of two numbers, p a multiple of 8
+__device__ __forceinline__ void send_pair_to_block(u32 p, u32 barrier, u32 rank,
+                                                   float v, float w) {
+  asm volatile(
+      "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %2; mapa.shared::cluster.u32 "
+      "b, %1, %2;"
+      " st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [a], "
+      "{%3, %4}, [b]; }" ::"r"(p),
+      "r"(barrier), "r"(rank), "r"(__float_as_uint(v)), "r"(__float_as_uint(w))
+      : "memory");
+}
+// as copy_bulk, to the same place in all blocks of a mask, each with its own barrier
+__device__ __forceinline__ void copy_bulk_to_cluster(u32 to, const void* from,
+                                                     u32 bytes, u32 barrier,
+                                                     u16 blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
+}
 // as barrier_wait, for what other blocks sent
 __device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
   u32 done;

@@ -18,79 +18,94 @@
 
 constexpr int K_BLOCKS = ceil_div(I, 16);
 static_assert(!VECTORS || I % 4 == 0, "whole vectors");
-constexpr int AHEAD = ceil_div(K_BLOCKS, WARPS) < 4 ? ceil_div(K_BLOCKS, WARPS) : 4;
+constexpr int ROUNDS = ceil_div(K_BLOCKS, WARPS);  // blocks of a warp
+constexpr int AHEAD = ROUNDS < 4 ? ROUNDS : 4;
 
-// 4 numbers from row[i] on; zeros past I and for no row. VECTORS: rows start at
-// multiples of 16 bytes.
-__device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i,
-                                          bool some) {
+// 4 numbers from row[i] on; zeros past I. VECTORS: rows start at multiples of 16 bytes.
+// FRESH: see load_fresh in fused.cuh.
+template <bool FRESH = false>
+__device__ __forceinline__ void load_four(float (&v)[4], const float* row, int i) {
+  constexpr bool WHOLE = I % (16 * WARPS) == 0;
   if (VECTORS) {
-    const float4 q =
-        some && i < I ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
+    float4 q = make_float4(0, 0, 0, 0);
+    if (WHOLE || i < I)
+      q = FRESH ? load_fresh((const float4*)(row + i)) : *(const float4*)(row + i);
     v[0] = q.x, v[1] = q.y, v[2] = q.z, v[3] = q.w;
   } else {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = some && i + e < I ? row[i + e] : 0.f;
+    for (int e = 0; e < 4; ++e) {
+      v[e] = 0.f;
+      if (i + e < I) v[e] = FRESH ? load_fresh(row + i + e) : row[i + e];
+    }
   }
 }
 
-// d[m][n] += rows 16 m + g (+ 8) of x times rows 8 n + g of weight, over this warp's
-// blocks. x, weight: first rows of the tile; rows, outputs: how many exist from there
-// on.
+// Rows 8 j + g of a matrix, of this warp's block of a round; zeros past the last block.
+// from: first row of the tile. There are `rows` from there on; past them the last one
+// is read again, for sums that nobody looks at.
+template <bool FRESH, int count>
+__device__ __forceinline__ void load_rows(float (&v)[count][4], const float* from,
+                                          int rows, int round) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < count; ++j)
+    load_four<FRESH>(v[j], from + (long long)min(8 * j + g, rows - 1) * I,
+                     (round * WARPS + warp) * 16 + 4 * t);
+}
+
+// d[m][n] += rows 16 m + g (+ 8) of x times rows 8 n + g of weight, of one block.
 template <int m_tiles, int n_tiles>
+__device__ __forceinline__ void multiply_block(float (&d)[m_tiles][n_tiles][4],
+                                               const float (&a)[2 * m_tiles][4],
+                                               const float (&b)[n_tiles][4]) {
+  if (MODE == MODE_BF16) {
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m) {
+      const float(&top)[4] = a[2 * m], (&low)[4] = a[2 * m + 1];
+      const u32 aw[4] = {pack_bf16(top[0], top[1]), pack_bf16(low[0], low[1]),
+                         pack_bf16(top[2], top[3]), pack_bf16(low[2], low[3])};
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n)
+        mma_bf16(d[m][n], aw, pack_bf16(b[n][0], b[n][1]), pack_bf16(b[n][2], b[n][3]));
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; e += 2)
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m) {
+      const float av[4] = {a[2 * m][e], a[2 * m + 1][e], a[2 * m][e + 1],
+                           a[2 * m + 1][e + 1]};
+      u32 big[4], small[4];
+#pragma unroll
+      for (int f = 0; f < 4; ++f) {
+        big[f] = round_tf32(av[f]);
+        small[f] = rest_tf32(av[f], big[f]);
+      }
+#pragma unroll
+      for (int n = 0; n < n_tiles; ++n) {
+        const u32 b0 = round_tf32(b[n][e]), b1 = round_tf32(b[n][e + 1]);
+        if (MODE == MODE_FP32) {
+          mma_tf32(d[m][n], small, b0, b1);
+          mma_tf32(d[m][n], big, rest_tf32(b[n][e], b0), rest_tf32(b[n][e + 1], b1));
+        }
+        mma_tf32(d[m][n], big, b0, b1);
+      }
+    }
+}
+
+// The same of all this warp's blocks. x, weight: first rows of the tile; rows, outputs:
+// how many exist from there on.
+template <bool FRESH = false, int m_tiles, int n_tiles>
 __device__ __forceinline__ void multiply(float (&d)[m_tiles][n_tiles][4],
                                          const float* x, int rows, const float* weight,
                                          int outputs) {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll AHEAD
-  for (int block = warp; block < K_BLOCKS; block += WARPS) {
-    const int i = block * 16 + 4 * t;
-    float a[m_tiles][2][4], b[n_tiles][4];
-#pragma unroll
-    for (int m = 0; m < 2 * m_tiles; ++m) {
-      const int row = 8 * m + g;
-      load_four(a[m / 2][m % 2], x + (long long)row * I, i, row < rows);
-    }
-#pragma unroll
-    for (int n = 0; n < n_tiles; ++n) {
-      const int row = 8 * n + g;
-      load_four(b[n], weight + (long long)row * I, i, row < outputs);
-    }
-    if (MODE == MODE_BF16) {
-#pragma unroll
-      for (int m = 0; m < m_tiles; ++m) {
-        const u32 aw[4] = {
-            pack_bf16(a[m][0][0], a[m][0][1]), pack_bf16(a[m][1][0], a[m][1][1]),
-            pack_bf16(a[m][0][2], a[m][0][3]), pack_bf16(a[m][1][2], a[m][1][3])};
-#pragma unroll
-        for (int n = 0; n < n_tiles; ++n)
-          mma_bf16(d[m][n], aw, pack_bf16(b[n][0], b[n][1]),
-                   pack_bf16(b[n][2], b[n][3]));
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; e += 2)
-#pragma unroll
-        for (int m = 0; m < m_tiles; ++m) {
-          const float av[4] = {a[m][0][e], a[m][1][e], a[m][0][e + 1], a[m][1][e + 1]};
-          u32 big[4], small[4];
-#pragma unroll
-          for (int f = 0; f < 4; ++f) {
-            big[f] = round_tf32(av[f]);
-            small[f] = rest_tf32(av[f], big[f]);
-          }
-#pragma unroll
-          for (int n = 0; n < n_tiles; ++n) {
-            const u32 b0 = round_tf32(b[n][e]), b1 = round_tf32(b[n][e + 1]);
-            if (MODE == MODE_FP32) {
-              mma_tf32(d[m][n], small, b0, b1);
-              mma_tf32(d[m][n], big, rest_tf32(b[n][e], b0),
-                       rest_tf32(b[n][e + 1], b1));
-            }
-            mma_tf32(d[m][n], big, b0, b1);
-          }
-        }
-    }
+  for (int round = 0; round < ROUNDS; ++round) {
+    float a[2 * m_tiles][4], b[n_tiles][4];
+    load_rows<FRESH>(a, x, rows, round);
+    load_rows<false>(b, weight, outputs, round);
+    multiply_block(d, a, b);
   }
 }
 
@@ -137,8 +152,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   const int column = threadIdx.x % COLUMNS;
   const float b = HAS_BIAS && o0 + column < O ? bias[o0 + column] : 0.f;
   float d[M_TILES][N_TILES][4] = {};
-  multiply<M_TILES, N_TILES>(d, x + (long long)n0 * I, N - n0,
-                             weight + (long long)o0 * I, O - o0);
+  multiply(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I, O - o0);
   store_sums<M_TILES, N_TILES, PITCH>(d, sums);
   __syncthreads();
 #pragma unroll
@@ -214,8 +228,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         b[j] = HAS_BIAS && o < O ? bias[o] : 0.f;
       }
       float d[1][N_TILES][4] = {};
-      multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
-                           O - o0);
+      multiply(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I, O - o0);
       store_sums<1, N_TILES, PITCH>(d, sums);
       __syncthreads();
 #pragma unroll
@@ -286,10 +299,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 // The second product is float32 in every mode: a warp takes an image and every fourth
 // class, a lane every 32nd input.
 //
+// settled: weights and biases were complete before the kernel ahead of this one
+// started, so that under programmatic dependent launch they may be fetched before that
+// one has finished.
+//
 // Launch: grid 8 ceil(N / 16) in clusters of 8, block 256, no dynamic shared memory.
 constexpr int CLUSTER = 8, SLICE = 8 * N_TILES, PITCH = SLICE + 8, HIDDEN = 8 * SLICE;
 constexpr int CLASSES = ceil_div(O, 4), PARTS_OF_LANE = ceil_div(HID, 32);
 static_assert(WARPS == 8 && O <= 32 && HID <= HIDDEN, "what a cluster can hold");
+// Whether a lane's operands fit into registers: then all are fetched in one wait for
+// memory.
+constexpr bool EARLY = ROUNDS <= 4 && ROUNDS * N_TILES <= 8;
 
 extern "C" __global__ void __launch_bounds__(256) __cluster_dims__(CLUSTER)
     tail_forward(const float* x,           // [N][I]
@@ -302,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(256) __cluster_dims__(CLUSTER)
                  float* log_probs,         // [N][O]
                  float* losses,            // [N]
                  float* dlogits,           // [N][O]
-                 int N) {
+                 int N, int settled) {
   __shared__ float sums[WARPS * 16 * PITCH];
   __shared__ float mine[2][HIDDEN], logits[2][32];
   __shared__ u64 come;
@@ -317,10 +337,14 @@ extern "C" __global__ void __launch_bounds__(256) __cluster_dims__(CLUSTER)
   }
   __syncwarp();
   arrive_cluster();
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
+  if (!settled) wait_for_earlier_kernels();
 
-  // early, beside the operands of the product
+  x += (long long)n0 * I, weight += (long long)o0 * I;
+  constexpr int KEPT = EARLY ? ROUNDS : 0;
+  float xs[KEPT + 1][2][4], weights[KEPT + 1][N_TILES][4];
+#pragma unroll
+  for (int round = 0; round < KEPT; ++round)
+    load_rows<false>(weights[round], weight, HID - o0, round);
   const int image = warp % 2, n = n0 + 2 * rank + image;
   float w[CLASSES][PARTS_OF_LANE];
 #pragma unroll
@@ -331,7 +355,6 @@ extern "C" __global__ void __launch_bounds__(256) __cluster_dims__(CLUSTER)
       w[c][j] = o < O && i < HID ? weight_out[o * HID + i] : 0.f;
     }
   const float b_out = HAS_BIAS_OUT && lane < O ? bias_out[lane] : 0.f;
-  const int label = n < N ? labels[n] : 0;
   constexpr int MINE = ceil_div(16 * SLICE, 256);
   float b[MINE];
 #pragma unroll
@@ -339,10 +362,18 @@ extern "C" __global__ void __launch_bounds__(256) __cluster_dims__(CLUSTER)
     const int o = o0 + (j * 256 + threadIdx.x) % SLICE;
     b[j] = HAS_BIAS && o < HID ? bias[o] : 0.f;
   }
+  if (settled) wait_for_earlier_kernels();
+  let_next_kernel_start();
 
+  const int label = n < N ? load_fresh(labels + n) : 0;
   float d[1][N_TILES][4] = {};
-  multiply<1, N_TILES>(d, x + (long long)n0 * I, N - n0, weight + (long long)o0 * I,
-                       HID - o0);
+#pragma unroll
+  for (int round = 0; round < KEPT; ++round)
+    load_rows<true>(xs[round], x, N - n0, round);
+#pragma unroll
+  for (int round = 0; round < KEPT; ++round)
+    multiply_block(d, xs[round], weights[round]);
+  if (!EARLY) multiply<true>(d, x, N - n0, weight, HID - o0);
   store_sums<1, N_TILES, PITCH>(d, sums);
   __syncthreads();
   wait_cluster();  // the others run, their barriers are ready

@@ -22,8 +22,9 @@
 // The contractions, that of dz too, run on tensor cores (linear_backward.cuh). Splits
 // of the batch write partial gradients, and update.cu adds them in order.
 //
-// SETTLED: weight, weight_out and x were complete before the kernel ahead of this one
-// started, so they are fetched while that one still runs.
+// SETTLED: weight and weight_out were complete before the kernel ahead of this one
+// started, so they are fetched while that one still runs. X_SETTLED: so was x, if they
+// were.
 //
 // Launch: 256 threads, SHARED bytes; data_blocks blocks on dx (i tile fastest, then
 // images), weight_blocks on dweight (i tile fastest, then h tile, then split), the
@@ -31,6 +32,7 @@
 #include "linear_backward.cuh"
 
 constexpr int DEPTH = WORDS;  // words of images in a stage of the weight gradients
+constexpr bool X_AHEAD = SETTLED && X_SETTLED, X_BEHIND = SETTLED && !X_SETTLED;
 constexpr int H_WORDS = round_up(ceil_div(H, E), 8);
 
 using DataTile = Tile<DX_WM, DX_MT, DX_NT, H_WORDS, true>;
@@ -149,6 +151,7 @@ __device__ __forceinline__ void data_block(int block, float* shared,
   copy_commit();
   HiddenGradient<DataTile::ROWS, H_WORDS * E, false> dz;
   dz.load_weights(weight_out, 0);
+  if (X_BEHIND) wait_for_earlier_kernels();
   float gate[DataTile::MT][DataTile::NT][4];
   if (INPUT_RELU) {
 #pragma unroll
@@ -160,10 +163,11 @@ __device__ __forceinline__ void data_block(int block, float* shared,
           const int row = n0 + tile.row0 + m * 16 + i / 2 * 8 + tile.g;
           const int column = i0 + tile.column0 + n * 8 + 2 * tile.t + i % 2;
           const bool inside = row < N && column < I;
-          gate[m][n][i] = inside ? __ldg(x + (size_t)row * I + column) : 0.0f;
+          const float* const from = x + (size_t)row * I + column;
+          gate[m][n][i] = inside ? load<!X_AHEAD>(from) : 0.0f;
         }
   }
-  if (SETTLED) wait_for_earlier_kernels();
+  if (X_AHEAD) wait_for_earlier_kernels();
   let_next_kernel_start();
   dz.make(dlogits, hidden, n0, N, 0,
           [&](int row0, int row1, int h, const float (&v)[4]) {
@@ -208,11 +212,12 @@ __device__ __forceinline__ void weight_block(
   dz.load_weights(weight_out, h0);
   for (int n0 = begin; n0 < end; n0 += DEPTH * E) {
     __syncthreads();
+    if (X_BEHIND && n0 == begin) wait_for_earlier_kernels();
     load_down<COPIED, DEPTH, WeightTile::COLUMNS, WeightTile::B_STRIDE>(
         b, Matrix<I>{x, nullptr, end}, n0, i0);
     copy_commit();
     if (n0 == begin) {
-      if (SETTLED) wait_for_earlier_kernels();
+      if (X_AHEAD) wait_for_earlier_kernels();
       let_next_kernel_start();
     }
     dz.make(dlogits, hidden, n0, end, h0,

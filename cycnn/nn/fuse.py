@@ -15,7 +15,7 @@ from .. import shapes
 from ..errors import ShapeError
 from ..ops import for_device, fused
 from ..ops.forward_plan import FEW_CHANNELS
-from ..ops.fused import ConvBlock, Gather
+from ..ops.fused import ConvBlock, Gather, Tail
 from ..precision import get_precision
 from ..tensor import empty
 from .activation import (
@@ -748,13 +748,18 @@ class Objective:
     loss : Loss
     fused : bool
         Whether to :func:`fuse` the model, and a final Linear and LogSoftmax with an
-        NLLLoss without options, and with a small Linear and ReLU ahead of them.
+        NLLLoss without options, and with a small Linear and ReLU ahead of them, and
+        with a small Conv2d and ReLU ahead of those.
     """
 
     def __init__(self, model, loss, fused=False):
         self.model = fuse(model) if fused else model
         self.loss = loss
         self._body, self._hidden, self._linear = self.model, None, None
+        # the body in three: layers ahead, a convolution that the tail may take with it,
+        # and what is between that and the tail
+        self._ahead, self._conv, self._between = None, None, ()
+        self._took_conv = False  # in the last forward
         plain = type(loss) is NLLLoss and loss.is_plain
         if fused and isinstance(self.model, FusedSequential) and plain:
             layers = self.model._layers
@@ -765,6 +770,10 @@ class Objective:
                     self._hidden = layers[-1]
                     layers = layers[:-1]
                 self._body = FusedSequential(self.model._original, layers)
+                at = _last_conv(layers) if self._hidden is not None else None
+                if at is not None:
+                    self._ahead = FusedSequential(self.model._original, layers[:at])
+                    self._conv, *self._between = layers[at:]
         self._saved = None
 
     def forward(self, x, labels):
@@ -781,7 +790,17 @@ class Objective:
         if isinstance(x, Gather) and not isinstance(self.model, FusedSequential):
             x = x.made()
         hidden, linear = self._hidden, self._linear
-        features = self._body(x)
+        if self._conv is None:
+            features = self._body(x)
+        else:
+            conv = self._conv.parts[0]
+            x = as_input(conv, self._ahead(x), conv.weight.data.device)
+            # only a foreign array starts elsewhere
+            aligned = x.ptr % 16 == 0
+            self._took_conv = aligned and self._is_conv_tail(x.device, x.shape)
+            if self._took_conv:
+                return self._conv_tail(x, labels)
+            features = self._flattened(self._conv(x))
         if hidden is not None:
             if self._is_tail(features):
                 return self._tail(features, labels)
@@ -812,19 +831,63 @@ class Objective:
         )
 
     def _tail(self, features, labels):
-        first, last = self._hidden.parts[0], self._linear
         y, log_probs, losses, dlogits = fused.tail_forward(
-            features,
+            features, *self._last_two(), labels, self._settled()
+        )
+        self._hidden._saved = features, y
+        self._saved = y, dlogits
+        return log_probs, losses
+
+    def _last_two(self) -> Tail:
+        """What the operations are given of the last two layers."""
+        first, last = self._hidden.parts[0], self._linear
+        return Tail(
             first.weight.data,
             None if first.bias is None else first.bias.data,
             len(self._hidden.parts) > 1,
             last.weight.data,
             None if last.bias is None else last.bias.data,
-            labels,
         )
-        self._hidden._saved = features, y
-        self._saved = y, dlogits
+
+    def _flattened(self, y):
+        """The input of the last two layers, given that of the layers in between."""
+        for layer in self._between:
+            y = layer(y)
+        return y
+
+    def _is_conv_tail(self, device, x_shape) -> bool:
+        if not self._conv._is_fused(device, x_shape):
+            return False
+        given = self._conv_tail_geometry(x_shape)
+        return given is not None and fused.conv_tail_supported(
+            device, get_precision(), *given
+        )
+
+    def _conv_tail_geometry(self, x_shape):
+        """Shapes of the convolution and the tail; None where they do not fit."""
+        first, last = self._hidden.parts[0].weight.shape, self._linear.weight.shape
+        y_shape = _output_shape(self._conv, x_shape)
+        if math.prod(y_shape[1:]) != first[1] or first[0] != last[1]:
+            return None
+        return x_shape, self._conv.block().geometry, self._last_two().geometry
+
+    def _conv_tail(self, x, labels):
+        conv = self._conv
+        # settled: a run of the layers ahead is a kernel at least
+        y, hidden, log_probs, losses, dlogits = fused.conv_tail_forward(
+            x, conv.block(), self._last_two(), labels, conv._packed, True
+        )
+        conv._saved = x, y, None
+        self._hidden._saved = self._flattened(y), hidden
+        self._saved = hidden, dlogits
         return log_probs, losses
+
+    def _settled(self) -> bool:
+        """Whether a kernel is queued between an update and the last layers.
+
+        Every run of the body is one at least.
+        """
+        return any(isinstance(layer, _Run) for layer in self._body)
 
     def backward(self, partials=None):
         """Fill the gradients of all parameters.
@@ -866,7 +929,16 @@ class Objective:
         """
         if not isinstance(self.model, FusedSequential):
             return {}
-        return self.model.pack_filters(x_shape, gather)
+        packed = self.model.pack_filters(x_shape, gather)
+        for _, layer, shape, _ in _placed(self.model, x_shape):
+            if layer is self._conv and self._is_conv_tail(self.model.device, shape):
+                packed |= self._pack_conv_filter(shape)
+        return packed
+
+    def _pack_conv_filter(self, x_shape) -> dict:
+        conv = self._conv
+        conv._packed = fused.pack_conv_tail_filter(x_shape, conv.block())
+        return {conv.parts[0].weight: conv._packed}
 
     def kernels(self, x_shape, machine=None, precision=None, gather=False) -> list:
         """The kernels that the fused layers run in a step, found without running any.
@@ -895,7 +967,7 @@ class Objective:
         precision = precision or get_precision()
         layers = self.model._layers
         head = None if self._linear is None else layers[-2]
-        tail = []
+        tail, conv_tail = [], []
         found = []
         for i, layer, shape, y_shape in _placed(self.model, x_shape):
             made = []
@@ -904,7 +976,10 @@ class Objective:
                 and y_shape is not None
                 and y_shape[1] == self._linear.weight.shape[1]
             ):
-                made = tail = self._tail_kernels(shape, machine, precision)
+                tail = self._tail_kernels(shape, machine, precision, not conv_tail)
+                if conv_tail:
+                    tail = conv_tail + _backward_of(tail)
+                made = tail
             elif layer is head:
                 made = tail or fused.head_kernels(
                     machine,
@@ -918,10 +993,15 @@ class Objective:
                 made = layer.kernels(
                     shape, input_grad, machine, precision, gather and i == 0
                 )
+            if layer is self._conv and made:
+                given = self._conv_tail_geometry(shape)
+                if given is not None:
+                    conv_tail = fused.conv_tail_kernels(machine, precision, *given)
+                made = _backward_of(made) if conv_tail else made
             found += made
         return list(dict.fromkeys(found))
 
-    def _tail_kernels(self, x_shape, machine, precision):
+    def _tail_kernels(self, x_shape, machine, precision, x_settled):
         first, last = self._hidden.parts[0], self._linear
         return fused.tail_kernels(
             machine,
@@ -931,6 +1011,7 @@ class Objective:
             len(self._hidden.parts) > 1,
             first.bias is not None,
             last.bias is not None,
+            x_settled,
         )
 
     def _backward(self, partials):
@@ -990,18 +1071,38 @@ class Objective:
         (features, _), self._hidden._saved = self._hidden._saved, None
         layers = self._hidden.parts[0], self._linear
         given = dlogits, y, features, *(layer.weight.data for layer in layers)
-        learns = self._body_learns()
+        # the kernel ahead made the features too, if it took the convolution with it
+        learns, x_settled = self._body_learns(), not self._took_conv
         if partials is None:
             grads = []
             for layer in layers:
                 bias = None if layer.bias is None else layer.bias.grad
                 grads += [layer.weight.grad, bias]
-            dy = fused.tail_backward(*given, *grads, learns)
+            dy = fused.tail_backward(*given, *grads, learns, x_settled)
         else:
-            dy, *made = fused.tail_backward_partials(*given, learns)
+            dy, *made = fused.tail_backward_partials(*given, learns, x_settled)
             for layer, parts in zip(layers, made):
                 _collect(partials, layer, parts)
         self._end_backward(dy)
+
+
+def _last_conv(layers):
+    """Where the convolution is that a tail may take with it; None if there is none.
+
+    It has no pooling, is right before the tail but for a Flatten, and a kernel runs
+    ahead of it.
+    """
+    at = len(layers) - 2
+    if at < 1 or type(layers[-1]) is not Flatten:
+        return None
+    conv = layers[at]
+    if type(conv) is not FusedConv2d or conv._pool is not None:
+        return None
+    return at if any(isinstance(layer, _Run) for layer in layers[:at]) else None
+
+
+def _backward_of(kernels) -> list:
+    return [k for k in kernels if not k.library.endswith("_forward")]
 
 
 def forward_kernels(layers, x_shape, machine, precision) -> list:

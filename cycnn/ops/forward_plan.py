@@ -655,3 +655,56 @@ def tail_plan(i, hidden, o, relu, bias, bias_out, machine, mode, aligned=True):
         ("WARPS", 8),
     )
     return Plan("linear_block_forward", options, False, 256, 0, 16, 8, 1)
+
+
+# A convolution with the linear layer and the head behind it
+
+
+@lru_cache(None)
+def conv_tail_plan(
+    shape, layout, n, hidden, o, relu, bias, bias_out, machine, aligned=True
+):
+    """The plan of ``conv_tail_forward.cu``, or None.
+
+    ``shape`` is that of the convolution, ``layout`` that of its filter, packed for
+    "tf32"; ``relu`` and ``bias`` are of the linear layer. Not for more images than
+    there are multiprocessors, where two kernels are as fast.
+    """
+    clusters = (9, 0) <= machine.capability < (12, 0)
+    if not clusters or layout is None or shape.code:
+        return None
+    if n > machine.sm_count or hidden > 128 or o > 16:
+        return None
+    p, q = shape.output
+    inputs = shape.K // 8 * p * q  # of a block
+    # a warp keeps its filters and weights in registers
+    words = ceil_div(shape.C, 64) * shape.R * shape.S
+    if shape.C % 8 or shape.K % 8 or shape.K > 128 or words > 9:
+        return None
+    if min(p, q) < 1 or p * q > 4 or inputs % 16 or inputs > 64:
+        return None
+    image = shape.C * shape.H * shape.W
+    floats = 8 * (image + (36 - image % 32) % 32) + 8 * 128 * p * q
+    floats += 8 * (_round_up(inputs, 32) + 16) + 8 * 128
+    # two blocks a multiprocessor
+    if 4 * floats + 1024 > machine.shared[1] * 512:
+        return None
+    options = (
+        *(
+            option
+            for option in _shape_options(shape)
+            if option[0] not in ("POOL_H", "POOL_W", "HAS_CODE")
+        ),
+        ("HID", hidden),
+        ("O", o),
+        ("HIDDEN_RELU", relu),
+        ("HAS_BIAS_HIDDEN", bias),
+        ("HAS_BIAS_OUT", bias_out),
+        ("VECTORS", aligned),
+        ("SLOT_TAPS", layout.slot_taps),
+        ("QUADS", layout.quads),
+        ("TILE_K", layout.outputs),
+        ("CHUNKS", layout.chunks),
+        ("SHARED_BYTES", 4 * floats),
+    )
+    return Plan("conv_tail_forward", options, False, 288, 4 * floats, 8, 8, 1)

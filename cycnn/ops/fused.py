@@ -7,6 +7,7 @@ Each computes what a run of the operations of :mod:`cycnn.ops.reference` does:
     linear_block    linear, relu (if ``relu``)
     head            linear, log_softmax, nll_loss
     tail            a linear_block and the head behind it
+    conv_tail       a conv_block and the tail behind it
 
 The kernels (``cuda/templates``) are compiled for the shapes of a layer when it first
 runs, and cached. That takes NVRTC; without it, and on the CPU, nothing is supported.
@@ -66,6 +67,24 @@ class ConvBlock(NamedTuple):
         """The same with shapes for weight and bias (None if there is none)."""
         bias = None if self.bias is None else self.bias.shape
         return self.weight.shape, bias, *self[2:]
+
+
+class Tail(NamedTuple):
+    """The last two layers, as :func:`conv_tail_forward` takes them."""
+
+    weight: object
+    bias: object
+    relu: bool
+    weight_out: object
+    bias_out: object
+
+    @property
+    def geometry(self) -> tuple:
+        """The same with shapes for weights and biases (None if there is none)."""
+        return tuple(
+            item if item is None or isinstance(item, bool) else item.shape
+            for item in self
+        )
 
 
 @functools.lru_cache(maxsize=None)
@@ -141,6 +160,19 @@ def tail_supported(device, inputs, hidden, classes) -> bool:
     return _modules()[0].tail_supported(inputs, hidden, classes, device.index)
 
 
+@functools.lru_cache(maxsize=512)
+def conv_tail_supported(device, precision, x_shape, block, tail) -> bool:
+    """Whether the device has a kernel for a convolution block and the tail behind it.
+
+    ``block`` and ``tail`` are the ``geometry`` of a :class:`ConvBlock` and a
+    :class:`Tail`, whose shapes fit.
+    """
+    if not device.is_cuda or _modules() is None:
+        return False
+    given = machine_of(device), precision, x_shape, block, tail
+    return bool(conv_tail_kernels(*given))
+
+
 def pack_filter(weight, x_shape, pool, stride, padding):
     """A filter packed ahead for :func:`conv_block_forward`, or None if it needs none.
 
@@ -154,6 +186,11 @@ def pack_pair_filter(x_shape, first, second, gather):
     return _modules()[0].pack_pair_filter(x_shape, first, second, gather)
 
 
+def pack_conv_tail_filter(x_shape, block):
+    """The filter of ``block`` packed ahead for :func:`conv_tail_forward`."""
+    return _modules()[0].pack_conv_tail_filter(x_shape, block)
+
+
 def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None):
     return _modules()[0].conv_block_forward(
         x, weight, bias, relu, pool, stride, padding, packed
@@ -161,7 +198,8 @@ def conv_block_forward(x, weight, bias, relu, pool, stride, padding, packed=None
 
 
 # In a backward the kernel ahead wrote neither x nor a weight: what the forward read is
-# older ("settled"), and is fetched while that kernel still runs.
+# older ("settled"), and is fetched while that kernel still runs. But for tail_backward
+# behind conv_tail_forward, which wrote its x.
 
 
 def conv_block_backward(
@@ -203,10 +241,14 @@ def head_forward(x, weight, bias, labels):
     return _modules()[0].head_forward(x, weight, bias, labels)
 
 
-def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels, settled=False):
     return _modules()[0].tail_forward(
-        x, weight, bias, relu, weight_out, bias_out, labels
+        x, weight, bias, relu, weight_out, bias_out, labels, settled
     )
+
+
+def conv_tail_forward(x, block, tail, labels, packed=None, settled=False):
+    return _modules()[0].conv_tail_forward(x, block, tail, labels, packed, settled)
 
 
 def head_backward(dlogits, x, weight, dweight, dbias, need_dx):
@@ -227,20 +269,26 @@ def tail_backward_supported(device, hidden, outputs) -> bool:
 
 def tail_backward(
     dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
-    need_dx,
+    need_dx, x_settled=True,
 ):  # fmt: skip
-    """The weights and x must be older than what the kernel ahead wrote."""
+    """The weights must be older than what the kernel ahead wrote; ``x_settled``: x is.
+
+    Behind :func:`conv_tail_forward` it is not.
+    """
     return _modules()[1].tail_backward(
         dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
-        settled=True, need_dx=need_dx,
+        settled=True, need_dx=need_dx, x_settled=x_settled,
     )  # fmt: skip
 
 
-def tail_backward_partials(dlogits, hidden, x, weight, weight_out, need_dx):
+def tail_backward_partials(
+    dlogits, hidden, x, weight, weight_out, need_dx, x_settled=True
+):
     """See :func:`tail_backward`."""
     return _modules()[1].tail_backward_partials(
-        dlogits, hidden, x, weight, weight_out, settled=True, need_dx=need_dx
-    )
+        dlogits, hidden, x, weight, weight_out, settled=True, need_dx=need_dx,
+        x_settled=x_settled,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=512)
@@ -394,11 +442,11 @@ def head_kernels(machine, precision, n, inputs, classes, bias) -> list:
 
 
 def tail_kernels(
-    machine, precision, n, inputs, hidden, classes, relu, bias, bias_out
+    machine, precision, n, inputs, hidden, classes, relu, bias, bias_out, x_settled=True
 ) -> list:
     """Kernels of a linear layer and a head, forward and backward.
 
-    Empty where the head is not supported.
+    Empty where the head is not supported. ``x_settled`` as in :func:`tail_backward`.
     """
     forward, backward = _modules()
     head = forward.head_kernels(machine, precision, hidden, classes, bias_out)
@@ -415,7 +463,7 @@ def tail_kernels(
     back = []
     if relu:
         back = backward.tail_backward_kernels(
-            *given, inputs, hidden, classes, settled=True
+            *given, inputs, hidden, classes, settled=True, x_settled=x_settled
         )
     if not back:
         back = [
@@ -423,6 +471,14 @@ def tail_kernels(
             *backward.linear_block_kernels(*given, hidden, classes, False),
         ]
     return there + back
+
+
+def conv_tail_kernels(machine, precision, x_shape, block, tail) -> list:
+    """Kernels of the forward of a convolution block and the tail behind it, or none.
+
+    ``block`` and ``tail`` as in :func:`conv_tail_supported`.
+    """
+    return _modules()[0].conv_tail_kernels(machine, precision, x_shape, block, tail)
 
 
 def conv_pair_backward_kernels(machine, precision, x_shape, first, second) -> list:

@@ -496,7 +496,10 @@ _OUT_TILE = 64
 
 
 @lru_cache(512)
-def _tail(n, inputs, hidden, outputs, input_relu, settled, precision, processors):
+def _tail(
+    n, inputs, hidden, outputs, input_relu, settled, precision, processors,
+    x_settled=True,
+):  # fmt: skip
     """As :func:`_linear` for the kernel of :func:`tail_backward`."""
     pairs = 2 if precision == "bf16" else 1
     depth = min(128, max(16, n))
@@ -517,8 +520,8 @@ def _tail(n, inputs, hidden, outputs, input_relu, settled, precision, processors
     shared = 4 * max(data_words(dx_size), weight_words, out_words)
     macros = {
         "MODE": _MODES[precision], "I": inputs, "H": hidden, "O": outputs,
-        "INPUT_RELU": int(input_relu), "SETTLED": int(settled), "WORDS": words,
-        "SHARED": shared,
+        "INPUT_RELU": int(input_relu), "SETTLED": int(settled),
+        "X_SETTLED": int(x_settled), "WORDS": words, "SHARED": shared,
         "DW_WM": dw[0], "DW_MT": dw[1], "DW_NT": dw[2],
         "DX_WM": dx[0], "DX_MT": dx[1], "DX_NT": dx[2],
     }  # fmt: skip
@@ -548,20 +551,23 @@ def tail_backward_supported(hidden, outputs, index) -> bool:
 
 
 def tail_backward_kernels(
-    machine, precision, n, inputs, hidden, outputs, input_relu=False, settled=False
-) -> list:
+    machine, precision, n, inputs, hidden, outputs, input_relu=False, settled=False,
+    x_settled=True,
+) -> list:  # fmt: skip
     """The kernels of :func:`tail_backward`; see :func:`conv_block_kernels`."""
     if machine.capability < (8, 0) or not _is_tail(hidden, outputs):
         return []
     made = _tail_for(
-        n, inputs, hidden, outputs, input_relu, settled, precision, machine.sm_count
-    )
+        n, inputs, hidden, outputs, input_relu, settled, precision, machine.sm_count,
+        x_settled,
+    )  # fmt: skip
     return [made.kernel, _reduce]
 
 
 def _run_tail(
-    dlogits, hidden, x, weight, weight_out, gradients, input_relu, settled, need_dx
-):
+    dlogits, hidden, x, weight, weight_out, gradients, input_relu, settled, need_dx,
+    x_settled,
+):  # fmt: skip
     device, (n, inputs) = x.device, x.shape
     hidden_shape = shapes.linear_output_shape(x.shape, weight.shape)
     logits_shape = shapes.linear_output_shape(hidden_shape, weight_out.shape)
@@ -582,8 +588,9 @@ def _run_tail(
         return dx, None, None
     gpu = _get(device.index)
     made = _tail_for(
-        n, inputs, units, outputs, input_relu, settled, get_precision(), gpu.sm_count
-    )
+        n, inputs, units, outputs, input_relu, settled, get_precision(), gpu.sm_count,
+        x_settled,
+    )  # fmt: skip
     tiles = ceil_div(units, made.weight_tile[0]) * ceil_div(inputs, made.weight_tile[1])
     splits, images = _split(n, made.depth, gpu.sm_count // tiles)
     parts = _allocate(splits, weight, *gradients[:2])
@@ -603,7 +610,7 @@ def _run_tail(
 
 def tail_backward(
     dlogits, hidden, x, weight, weight_out, dweight, dbias, dweight_out, dbias_out,
-    input_relu=False, settled=False, need_dx=True,
+    input_relu=False, settled=False, need_dx=True, x_settled=True,
 ):  # fmt: skip
     """The backward of linear, ReLU and head in one launch.
 
@@ -630,10 +637,13 @@ def tail_backward(
         x is what a ReLU let through, and the gradient that is returned is that at the
         ReLU's input: 0 where x is not positive.
     settled : bool
-        Whether weight, weight_out and x were complete before the kernel ahead of this
-        one started, as they are in a training step; they are then fetched while that
-        one still runs.
+        Whether weight and weight_out were complete before the kernel ahead of this one
+        started, as they are in a training step; they are then fetched while that one
+        still runs.
     need_dx : bool
+    x_settled : bool
+        Whether x was complete as well, if they were. The kernel ahead makes it where
+        that is :func:`~cycnn.ops.fused_cuda_forward.conv_tail_forward`.
 
     Returns
     -------
@@ -648,8 +658,9 @@ def tail_backward(
     """
     gradients = dweight, dbias, dweight_out, dbias_out
     dx, parts, parts_out = _run_tail(
-        dlogits, hidden, x, weight, weight_out, gradients, input_relu, settled, need_dx
-    )
+        dlogits, hidden, x, weight, weight_out, gradients, input_relu, settled, need_dx,
+        x_settled,
+    )  # fmt: skip
     _finish(parts, dweight, dbias)
     _finish(parts_out, dweight_out, dbias_out)
     return dx
@@ -657,7 +668,7 @@ def tail_backward(
 
 def tail_backward_partials(
     dlogits, hidden, x, weight, weight_out, input_relu=False, settled=False,
-    need_dx=True,
+    need_dx=True, x_settled=True,
 ):  # fmt: skip
     """:func:`tail_backward`, but the weight gradients stay in parts.
 
@@ -669,7 +680,7 @@ def tail_backward_partials(
     """
     return _run_tail(
         dlogits, hidden, x, weight, weight_out, (None,) * 4, input_relu, settled,
-        need_dx,
+        need_dx, x_settled,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from .forward_plan import (
     Machine,
     Plan,
     conv_plan,
+    conv_tail_plan,
     head_plan,
     linear_plan,
     pair_plan,
@@ -545,7 +546,7 @@ def tail_supported(inputs, hidden, classes, index) -> bool:
 
 
 def _tail_kernel(plan):
-    return _kernels(plan, "tail_forward", "PPPPPPPPPPi").run
+    return _kernels(plan, "tail_forward", "PPPPPPPPPPii").run
 
 
 def tail_kernels(
@@ -557,7 +558,7 @@ def tail_kernels(
     return [] if plan is None else [_tail_kernel(plan)]
 
 
-def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
+def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels, settled=False):
     """A linear layer, ReLU if ``relu``, and the head behind it, in one kernel.
 
     Parameters
@@ -567,6 +568,9 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
     relu : bool
     weight_out, bias_out : Tensor (O, H), Tensor (O,) or None
     labels : int32 Tensor (N,)
+    settled : bool
+        Whether the kernel that wrote weights and biases last was not the one queued
+        just ahead: they are fetched while that one still runs.
 
     Returns
     -------
@@ -626,6 +630,149 @@ def tail_forward(x, weight, bias, relu, weight_out, bias_out, labels):
             losses,
             dlogits,
             n,
+            settled,
             dependent=True,
         )
     return hidden, log_probs, losses, dlogits
+
+
+@lru_cache(512)
+def _conv_tail(x_shape, block, tail, index, precision, aligned=True):
+    """(shape of y, kernels of the convolution, plan or None).
+
+    ``block`` as in _conv; ``tail``: shapes of the weight, of the bias or None, relu,
+    shapes of weight_out, of bias_out or None.
+    """
+    return _conv_tail_on(_machine(index), x_shape, block, tail, precision, aligned)
+
+
+def _conv_tail_on(machine, x_shape, block, tail, precision, aligned=True):
+    # "bf16" takes the kernel of "tf32": an image waits for other blocks, not for
+    # products. In "fp32" the two kernels apart are faster.
+    y_shape, kernels = _conv_on(machine, x_shape, block, "tf32")
+    if kernels is None or precision == "fp32":
+        return y_shape, None, None
+    weight, bias, relu, weight_out, bias_out = tail
+    flat = y_shape[0], y_shape[1] * y_shape[2] * y_shape[3]
+    hidden = shapes.linear_output_shape(flat, weight, bias)
+    classes = shapes.linear_output_shape(hidden, weight_out, bias_out)[1]
+    plan = conv_tail_plan(
+        _conv_shape(x_shape, *block)[0],
+        kernels.plan.layout,
+        _batch(x_shape[0]),
+        hidden[1],
+        classes,
+        bool(relu),
+        bias is not None,
+        bias_out is not None,
+        machine,
+        aligned,
+    )
+    return y_shape, kernels, plan
+
+
+def conv_tail_supported(x_shape, block, tail, index) -> bool:
+    """Whether :func:`conv_tail_forward` has a kernel, in the precision that is set.
+
+    ``block``: the ``geometry`` of a ConvBlock; ``tail``: that of a Tail.
+    """
+    return _conv_tail(x_shape, block, tail, index, get_precision())[2] is not None
+
+
+def _conv_tail_kernel(plan):
+    return _kernels(plan, "conv_tail_forward", 13 * "P" + "ii").run
+
+
+def conv_tail_kernels(machine, precision, x_shape, block, tail) -> list:
+    """The kernels of :func:`conv_tail_forward`; see :func:`conv_block_kernels`."""
+    _, kernels, plan = _conv_tail_on(machine, x_shape, block, tail, precision)
+    return [] if plan is None else [kernels.pack, _conv_tail_kernel(plan)]
+
+
+def pack_conv_tail_filter(x_shape, block):
+    """The packed filter of a ConvBlock for :func:`conv_tail_forward`."""
+    index = block.weight.device.index
+    _, kernels = _conv(x_shape, block.geometry, index, "tf32")
+    if kernels is None or kernels.pack is None:
+        raise _unsupported("the end of a network of", x_shape, block.geometry)
+    return PackedFilter(kernels, block.weight)
+
+
+def conv_tail_forward(x, block, tail, labels, packed=None, settled=False):
+    """A convolution block, the linear layer behind it and the head, in one kernel.
+
+    The result is that of :func:`conv_block_forward` and :func:`tail_forward`.
+
+    Parameters
+    ----------
+    x : Tensor (N, C, H, W)
+        It starts at a multiple of 16 bytes.
+    block : ConvBlock
+        Without pooling.
+    tail : Tail
+    labels : int32 Tensor (N,)
+    packed : PackedFilter or None
+        Of ``block``; see :func:`conv_block_forward`.
+    settled : bool
+        As of :func:`tail_forward`, of all weights and biases.
+
+    Returns
+    -------
+    y : Tensor (N, K, P, Q)
+    hidden, log_probs, losses, dlogits : Tensor
+        As of :func:`tail_forward`.
+
+    Raises
+    ------
+    ShapeError
+        If the shapes do not fit.
+    NotImplementedError
+        If :func:`conv_tail_supported` says no.
+    """
+    device = block.weight.device
+    read = tail.weight, tail.bias, tail.weight_out
+    aligned = _aligned(*(tensor for tensor in read if tensor is not None))
+    y_shape, kernels, plan = _conv_tail(
+        x.shape,
+        block.geometry,
+        tail.geometry,
+        device.index,
+        get_precision(),
+        aligned,
+    )
+    if plan is None or not _aligned(x):
+        raise _unsupported(
+            "the end of a network of", x.shape, block.geometry, tail.geometry
+        )
+    n, classes = y_shape[0], tail.weight_out.shape[0]
+    shapes.check_labels("the scores", (n, classes), labels.shape)
+    y = empty_on_gpu(y_shape, _FLOAT32, device)
+    hidden = empty_on_gpu((n, tail.weight.shape[0]), _FLOAT32, device)
+    log_probs = empty_on_gpu((n, classes), _FLOAT32, device)
+    dlogits = empty_on_gpu((n, classes), _FLOAT32, device)
+    losses = empty_on_gpu((n,), _FLOAT32, device)
+    if n:
+        packed = _packed(kernels, block.weight, packed)
+        _conv_tail_kernel(plan)(
+            _get(device.index).compute,
+            plan.grid(n)[0],
+            plan.block,
+            x,
+            packed.data,
+            block.bias,
+            tail.weight,
+            tail.bias,
+            tail.weight_out,
+            tail.bias_out,
+            labels,
+            y,
+            hidden,
+            log_probs,
+            losses,
+            dlogits,
+            n,
+            settled and packed.settled,
+            shared=plan.shared,
+            dependent=True,
+        )
+    return y, hidden, log_probs, losses, dlogits

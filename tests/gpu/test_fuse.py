@@ -26,6 +26,16 @@ NETWORKS = {
         ),
         (31, 1, 28, 28),
     ),
+    "small end": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 40, 5, stride=4), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Sigmoid(),
+            nn.Conv2d(40, 128, 2, stride=2, bias=False), nn.Flatten(),
+            nn.Linear(128, 33), nn.ReLU(), nn.Linear(33, 10, bias=False),
+            nn.LogSoftmax(),
+        ),
+        (21, 1, 28, 28),
+    ),
     "colour, strided, odd": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 13, 7, stride=2, padding=3, bias=False), nn.ReLU(),

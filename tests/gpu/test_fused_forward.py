@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from random_blocks import draw_block
 
-from cycnn import Tensor
+from cycnn import Tensor, shapes
 from cycnn.errors import ShapeError
+from cycnn.gpu import device as gpu_device
 from cycnn.ops import fused, reference
 
 F32 = 2.0**-24
@@ -363,7 +364,110 @@ def test_tail(ops, precision, rng, n, inputs, hidden, classes):
     # the head is float32 in every precision
     logits = linear("fp32", got[0], weight_out, bias_out, False)
     check_head(*got[1:], *logits, labels)
-    assert_same_bits(got, numpy(ops.tail_forward(*given)))
+    for settled in (False, True):  # what wrote the weights has finished
+        assert_same_bits(got, numpy(ops.tail_forward(*given, settled)))
+
+
+# x, (K, R, S), stride, padding, hidden, classes; biases and ReLUs
+CONV_TAILS = [
+    ((128, 64, 4, 4), (128, 3, 3), (1, 1), (0, 0), 128, 10, True),
+    ((13, 64, 4, 4), (128, 3, 3), (1, 1), (0, 0), 128, 10, True),
+    ((1, 64, 4, 4), (128, 3, 3), (1, 1), (0, 0), 100, 7, False),
+    ((31, 40, 4, 4), (64, 3, 3), (1, 1), (0, 0), 70, 3, True),
+    ((9, 8, 3, 3), (128, 3, 3), (1, 1), (0, 0), 5, 16, False),
+    ((2, 128, 2, 2), (128, 2, 2), (1, 1), (0, 0), 101, 10, True),
+    ((7, 16, 4, 4), (128, 3, 3), (2, 2), (1, 1), 128, 10, True),
+    ((10, 24, 5, 3), (64, 3, 2), (2, 1), (0, 0), 64, 7, False),
+    ((117, 32, 2, 2), (64, 1, 1), (1, 1), (0, 0), 32, 2, True),
+]
+
+
+def conv_tail(rng, x_shape, filter_shape, hidden, classes, geometry, full):
+    """Arrays of x, block and tail, and labels; all about as large as the input."""
+
+    def weights(outputs, *shape):
+        size = np.float32(np.prod(shape)) ** 0.5
+        return normal(rng, outputs, *shape) / size, normal(rng, outputs)
+
+    k, *extent = filter_shape
+    block = [*weights(k, x_shape[1], *extent), full, None, *geometry]
+    y_shape = shapes.conv2d_output_shape(x_shape, block[0].shape, *geometry)
+    inputs = int(np.prod(y_shape[1:]))
+    tail = [*weights(hidden, inputs), full, *weights(classes, hidden)]
+    if not full:
+        block[1] = tail[1] = tail[4] = None
+    labels = rng.integers(0, classes, x_shape[0], dtype=np.int32)
+    return normal(rng, *x_shape), block, tail, labels
+
+
+def on_gpu_as(kind, items):
+    return kind(*(on_gpu(i) if isinstance(i, np.ndarray) else i for i in items))
+
+
+@pytest.mark.parametrize(
+    "x_shape, filter_shape, stride, padding, hidden, classes, full", CONV_TAILS
+)
+def test_conv_tail(
+    ops, precision, rng, x_shape, filter_shape, stride, padding, hidden, classes, full
+):
+    x, block, tail, labels = conv_tail(
+        rng, x_shape, filter_shape, hidden, classes, (stride, padding), full
+    )
+    given = (
+        on_gpu(x),
+        on_gpu_as(fused.ConvBlock, block),
+        on_gpu_as(fused.Tail, tail),
+        on_gpu(labels),
+    )
+    index = given[0].device.index
+    supported = ops.conv_tail_supported(
+        x_shape, given[1].geometry, given[2].geometry, index
+    )
+    if not supported:
+        assert precision == "fp32" or gpu_device.get(index).capability < (9, 0)
+        with pytest.raises(NotImplementedError):
+            ops.conv_tail_forward(*given)
+        return
+    got = numpy(ops.conv_tail_forward(*given))
+    check_block(precision, got[0], None, x, *block)
+    flat = got[0].reshape(len(x), -1)
+    weight, bias, relu, weight_out, bias_out = tail
+    if bias is None:
+        bias, bias_out = np.zeros(len(weight)), np.zeros(len(weight_out))
+    assert_close(got[1], *linear(precision, flat, weight, bias, relu))
+    # the head is float32 in every precision
+    check_head(*got[2:], *linear("fp32", got[1], weight_out, bias_out, False), labels)
+    packed = ops.pack_conv_tail_filter(x_shape, given[1])
+    for settled in (False, True):
+        for _ in range(2):
+            again = ops.conv_tail_forward(*given, packed, settled)
+            assert_same_bits(got, numpy(again))
+            packed.settled = True  # what packed it has finished, as numpy() shows
+
+
+@pytest.mark.parametrize("label", [-1, 10, 2**31 - 1])
+def test_label_that_is_no_class_of_a_conv_tail(ops, rng, label, monkeypatch):
+    monkeypatch.setattr(ops, "get_precision", lambda: "tf32")
+    given = conv_tail(rng, (11, 64, 4, 4), (128, 3, 3), 128, 10, ((1, 1), (0, 0)), True)
+    x, block, tail, labels = given
+    labels[[0, 9]] = label
+    block, tail = on_gpu_as(fused.ConvBlock, block), on_gpu_as(fused.Tail, tail)
+    if not ops.conv_tail_supported(x.shape, block.geometry, tail.geometry, 0):
+        return
+    losses = ops.conv_tail_forward(on_gpu(x), block, tail, on_gpu(labels))[3].numpy()
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(losses)), [0, 9])
+
+
+def test_conv_tail_of_no_images(ops, rng, monkeypatch):
+    monkeypatch.setattr(ops, "get_precision", lambda: "tf32")
+    given = conv_tail(rng, (0, 64, 4, 4), (128, 3, 3), 128, 10, ((1, 1), (0, 0)), True)
+    x, block, tail, labels = given
+    block, tail = on_gpu_as(fused.ConvBlock, block), on_gpu_as(fused.Tail, tail)
+    if not ops.conv_tail_supported(x.shape, block.geometry, tail.geometry, 0):
+        return
+    y, *rest = ops.conv_tail_forward(on_gpu(x), block, tail, on_gpu(labels))
+    assert y.shape == (0, 128, 2, 2)
+    assert [t.shape for t in rest] == [(0, 128), (0, 10), (0,), (0, 10)]
 
 
 def test_label_that_is_no_class(ops, rng):

@@ -108,7 +108,11 @@ class Tail:
 def test_against_float64(fused, precision, n, inputs, hidden, outputs):
     tail = Tail(n, inputs, hidden, outputs)
     for options in ({}, {"input_relu": True, "settled": True}):
-        tail.check(tail.run(fused, **options), precision, bool(options))
+        found = tail.run(fused, **options)
+        tail.check(found, precision, bool(options))
+    late = tail.run(fused, **options, x_settled=False)
+    for one, other in zip(found, late):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_equal_bits(fused, precision):
