@@ -116,7 +116,7 @@ def weighted_nll_loss_forward(log_probs, labels, weight, smoothing, ignore_index
 
     q_f = (1 - smoothing) weight[y] [f = y] + smoothing weight[f] / F with y the label
     of the row. D is the sum of weight[y] over the rows for the mean, else 1. A row
-    whose label is ``ignore_index`` does not count; if none does, the mean is 0 / 0, NaN.
+    whose label is ``ignore_index`` does not count; if none does, it is 0 / 0, NaN.
 
     Parameters
     ----------
