@@ -26,12 +26,18 @@ DEVICE bool aligned16(const void* p) { return ((uint64)p & 15) == 0; }
 DEVICE int64 grid_thread() { return (int64)blockIdx.x * blockDim.x + threadIdx.x; }
 DEVICE int64 grid_threads() { return (int64)gridDim.x * blockDim.x; }
 
-// A kernel launched as dependent may start before the one ahead of it has finished; what
-// that one writes may be read, and what it reads be written, after this. Elsewhere it
-// does nothing.
+// A kernel launched as dependent may start before the one ahead of it has finished;
+// what that one writes may be read, and what it reads be written, after this. Elsewhere
+// it does nothing.
 DEVICE void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may start, up to its own wait.
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -173,11 +173,15 @@ extern "C" __global__ void tally(float* loss_sum,      // ()
             grid_threads() / WARP);
 }
 
-// The tally of a step, unless losses is null, then what the next one reads: index = the
-// next entries of the order, labels = those of these images, lr = the next of the rates.
+// The tally of a step, unless losses is null, and what the next one reads: index = the
+// next entries of the order, labels = those of these images. lr = the rate of the step
+// that was begun last (rate_of = -1), or of the next one (0).
 //
 // Half of the warps do the one, half the other: each is a chain of loads, and takes as
-// long as both together. May be launched as dependent behind a kernel that reads lr.
+// long as both together. It is made to run beside the last kernel of the backward pass,
+// behind which it may be launched as dependent if that one reads nothing of what is
+// written here. It waits only so that the kernel behind it need not; that is the
+// update, which may start at once.
 // Launch: one block of END_STEP threads.
 constexpr int END_STEP = 1024, HALF = END_STEP / 2;
 
@@ -191,10 +195,10 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
              int* next_labels,    // (size,); labels may lie there
              const float* rates,  // (steps, groups) or null
              float* lr,           // (groups,)
-             int size, int images, int steps, int groups) {
+             int size, int images, int steps, int rate_of, int groups) {
+  let_next_kernel_start();
   const int taken = position[0], step = position[1];
   const bool tallies = threadIdx.x >= HALF;
-  const bool has_rates = rates != nullptr && step < steps;
   int at = -1, label = -1;  // of next image n
   const auto look_up = [&](int n) {
     at = n < size && taken + n < images ? order[taken + n] : -1;
@@ -205,19 +209,22 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
   else if (losses != nullptr)
     add_batch(loss_sum, hits, losses, scores, labels, count, N, F,
               (threadIdx.x - HALF) / WARP, HALF / WARP);
-  if (has_rates) rates += (int64)step * groups;
-  const float rate = has_rates ? *rates : 0.0f;
+  const int rated = step + rate_of;
+  const bool has_rate = rates != nullptr && rated >= 0 && rated < steps;
+  const float rate = has_rate ? rates[(int64)rated * groups] : 0.0f;
   __syncthreads();  // every thread has read the position and the labels
   for (int n = threadIdx.x; !tallies && n < size; n += HALF) {
     if (n >= HALF) look_up(n);
     index[n] = at;
     next_labels[n] = label;
   }
-  if (threadIdx.x != 0) return;
-  position[0] = taken + size;
-  position[1] = step + 1;
+  if (threadIdx.x == 0) {
+    position[0] = taken + size;
+    position[1] = step + 1;
+    if (has_rate) *lr = rate;
+#pragma unroll 1
+    for (int group = 1; has_rate && group < groups; ++group)
+      lr[group] = rates[(int64)(step + rate_of) * groups + group];
+  }
   wait_for_earlier_kernels();
-  if (!has_rates) return;
-  *lr = rate;
-  for (int group = 1; group < groups; ++group) lr[group] = rates[group];
 }

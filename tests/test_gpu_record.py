@@ -187,6 +187,16 @@ def test_every_test_is_in_one_share(tmp_path, monkeypatch):
     assert sorted(sum(c.values()) for _, _, c in judged) == [1, 1, 2]
 
 
+def test_the_tests_run_on_all_gpus_of_one_kind(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpu_record, "ask_driver", lambda field: ["A", "B", "A"])
+    assert gpu_record.visible_gpus() == ["0", "2"]
+    monkeypatch.setattr(gpu_record, "ask_driver", lambda field: [])
+    assert gpu_record.visible_gpus() == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert gpu_record.visible_gpus() == ["3", "1"]
+
+
 def test_what_is_checked_for_leaks_runs_to_its_end(tmp_path):
     package = Path(cycnn.__file__).resolve().parents[1]
     done = subprocess.run(

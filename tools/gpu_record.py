@@ -253,11 +253,12 @@ def run(command, **environment) -> tuple[int, str]:
 
 
 def run_tests(jobs, prefix, judge, **environment) -> dict:
-    """The GPU tests, dealt to processes that run side by side; their counts.
+    """The GPU tests, dealt to processes that run side by side on all GPUs; their counts.
 
     Each process must pass ``judge(status, output, counts)``.
     """
     start = time.monotonic()
+    gpus = visible_gpus()
 
     def one(job):
         report = Path(folder) / f"{job}.xml"
@@ -267,7 +268,11 @@ def run_tests(jobs, prefix, judge, **environment) -> dict:
             str(ROOT / "tests" / "gpu"),
         ]  # fmt: skip
         status, output = run(
-            command, CYCNN_REQUIRE_GPU="1", CYCNN_SHARE=f"{job}/{jobs}", **environment
+            command,
+            CYCNN_REQUIRE_GPU="1",
+            CYCNN_SHARE=f"{job}/{jobs}",
+            CUDA_VISIBLE_DEVICES=gpus[job % len(gpus)],
+            **environment,
         )
         counts = junit_counts(report)
         judge(status, output, counts)
@@ -295,13 +300,28 @@ def query_device() -> dict:
     return found
 
 
-def driver_version() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def ask_driver(field: str) -> list[str]:
+    """What nvidia-smi says of each GPU; nothing if it cannot be had."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        return None
-    return done.stdout.split()[0] if done.returncode == 0 and done.stdout else None
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def driver_version() -> str | None:
+    return next(iter(ask_driver("driver_version")), None)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that the tests may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        # of one kind: the record names the first
+        names = ask_driver("name")
+        return [str(i) for i, name in enumerate(names) if name == names[0]] or ["0"]
+    return chosen.split(",")
 
 
 def make_record(tools: list[str], jobs: int):

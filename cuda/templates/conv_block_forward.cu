@@ -309,7 +309,7 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
   Sums parts;  // "fp32" only
   Sums& now = PARTS == 2 ? parts : sums;
   const int group = threadIdx.x / 128 % (WARPS_M / 4);
-  const int quad0 = 2 * (threadIdx.x / (32 * WARPS_M));
+  const int quad0 = WARPS_K == 1 ? 0 : 2 * (threadIdx.x / (32 * WARPS_M));
   u64 a[GROUP_TILES];
 #pragma unroll
   for (int m = 0; m < GROUP_TILES; ++m) {
@@ -320,13 +320,13 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
                          WIDE ? 128 : 16 * STRIDE_H * ROW_UNITS);
   }
   const u64 b = wgmma_operand(shared + 16 * quad0 * TK, 16 * TK, 128);
-  if (PARTS == 1) wgmma_fence();
-#pragma unroll
+  // not unrolled: code that runs once is late, since it comes from memory
+#pragma unroll 1
   for (int rows = 0; rows < ROW_GROUPS; ++rows) {
     const int i = chunk * ROW_GROUPS + rows;
     barrier_wait(shared + FILLED + 8 * (i % SLOTS), i / SLOTS & 1);
     const u64 b_slot = b + i % SLOTS * (SLOT_BYTES / 16);
-    if (PARTS == 2) wgmma_fence();
+    wgmma_fence();
 #pragma unroll
     for (int tap = 0; tap < W_ROWS * S; ++tap)
 #pragma unroll
@@ -341,13 +341,14 @@ __device__ __forceinline__ void multiply(Sums& sums, int chunk, u32 x, u32 share
                     tap_units(rows * W_ROWS + tap / S, tap % S),
                 b_slot + w_part(product) * (W_PART / 16) + (tap * CQ + j) * TK,
                 PARTS == 1 ? chunk > 0 || rows + tap + j > 0 : tap + j + product > 0);
+    wgmma_commit();
     if (PARTS == 2) {
-      wgmma_commit();
       complete<0>(now);
       add(sums, now);
+    } else {
+      wgmma_wait<1>();
     }
   }
-  if (PARTS == 1) wgmma_commit();
 }
 __device__ __forceinline__ void store_sums(const Sums& sums, float* z) {
   const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -627,8 +628,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
           const int unit = k / QUAD_C * PLANE_UNITS + row * ROW_UNITS +
                            column % STRIDE_W * PHASE_UNITS + column / STRIDE_W;
           u8* to = memory + SLOTS * SLOT_BYTES + 16 * unit;
-          const bool staged =
-              k < CHUNK_C && window + e < H * W && row < XROWS && column < XCOLUMNS;
+          const bool staged = (CHUNK_C == 16 * FirstLayer::m_tiles || k < CHUNK_C) &&
+                              (H * W % (8 * FIRST_GROUPS) == 0 || window + e < H * W) &&
+                              (PAD_H + H <= XROWS || row < XROWS) &&
+                              (PAD_W + W <= XCOLUMNS || column < XCOLUMNS);
           if (!staged) continue;
           if (MODE == MODE_BF16) ((u16*)to)[k % 8] = pack_bf16(v[e], 0.f);
           else ((u32*)to)[k % 4] = round_tf32(v[e]);

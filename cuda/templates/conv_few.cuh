@@ -43,7 +43,7 @@ struct Few : L {
   static constexpr int f_pitch =
       steps * 8 + 4;  // 4 mod 8: no conflicts between fragments
   static constexpr int f_part = 16 * L::m_tiles * f_pitch;
-  static constexpr int bytes = 4 * parts * (x_part + f_part);
+  static constexpr int bytes = 4 * (parts * (x_part + f_part) + 8 * steps);
 
   static constexpr int n_tiles = L::groups * positions;
   static constexpr int passes = ceil_div(windows, 8 * L::groups);
@@ -61,6 +61,14 @@ struct Few : L {
     if (parts == 2) to[part_words] = rest_tf32(v, to[0]);
   }
 
+  // Bytes from a window's pixel to a tap; beyond the taps the filter is 0.
+  static __device__ __forceinline__ u32 tap_offset(int tap) {
+    const int in_plane = tap % (L::filter_h * L::filter_w);
+    const int row =
+        tap / (L::filter_h * L::filter_w) * x_rows + in_plane / L::filter_w;
+    return tap < taps ? 4 * (row * x_pitch + in_plane % L::filter_w) : 0;
+  }
+
   // Brings the input rows from row0 on (which may lie in the padding) and the filters
   // from channel k0 on; pixel(i) is element i of the image. All threads call it, then
   // synchronise.
@@ -68,6 +76,9 @@ struct Few : L {
   static __device__ __forceinline__ void load(u32* shared, Pixel pixel,
                                               const float* filter, int row0, int k0) {
     u32* fs = shared + parts * x_part;
+    u32* offsets = fs + parts * f_part;
+    for (int tap = threadIdx.x; tap < 8 * steps; tap += L::threads)
+      offsets[tap] = tap_offset(tap);
     // the first batches of both are loaded before either is stored: one round trip
 #pragma unroll 1
     for (int first = 0; first * x_batch < x_part || first * f_batch < f_all;
@@ -137,17 +148,10 @@ struct Few : L {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const u32 x_base = shared_address(shared);
     const u32* fs = shared + parts * x_part;
-    u32 offset[steps][2];  // bytes from a window's pixel to this lane's taps
+    u32 offset[steps][2];  // of this lane's taps
 #pragma unroll
-    for (int i = 0; i < 2 * steps; ++i) {
-      const int tap = i / 2 * 8 + t + i % 2 * 4,
-                in_plane = tap % (L::filter_h * L::filter_w);
-      const int row =
-          tap / (L::filter_h * L::filter_w) * x_rows + in_plane / L::filter_w;
-      // beyond the taps the filter is 0
-      offset[i / 2][i % 2] =
-          tap < taps ? 4 * (row * x_pitch + in_plane % L::filter_w) : 0;
-    }
+    for (int i = 0; i < 2 * steps; ++i)
+      offset[i / 2][i % 2] = fs[parts * f_part + i * 4 + t];
     Fragments kept[resident ? steps : 1];
 #pragma unroll
     for (int step = 0; resident && step < steps; ++step)
@@ -165,7 +169,8 @@ struct Few : L {
       float d[L::m_tiles][n_tiles][4];
 #pragma unroll
       for (int i = 0; i < L::m_tiles * n_tiles * 4; ++i)
-        d[i / (4 * n_tiles)][i / 4 % n_tiles][i % 4] = 0.f;
+        d[i / (4 * n_tiles)][i / 4 % n_tiles][i % 4] =
+            b[i / (4 * n_tiles)][i % 4 / 2];
 #pragma unroll
       for (int step = 0; step < steps; ++step) {
         Fragments fetched;
@@ -201,17 +206,18 @@ struct Few : L {
           u32 at[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            best[e] = d[i / 2][j * positions][i % 2 * 2 + e] + b[i / 2][i % 2];
-            at[e] = 1;
+            const auto z = [&](int position) {
+              return d[i / 2][j * positions + position][i % 2 * 2 + e];
+            };
+            best[e] = z(0);
 #pragma unroll
-            for (int position = 1; position < positions; ++position) {
-              const float z =
-                  d[i / 2][j * positions + position][i % 2 * 2 + e] + b[i / 2][i % 2];
-              if (z > best[e] || z != z) {
-                best[e] = z;
-                at[e] = position + 1;
-              }
-            }
+            for (int position = 1; position < positions; ++position)
+              best[e] = max_or_nan(best[e], z(position));
+            // the first that is not less
+            at[e] = positions;
+#pragma unroll
+            for (int position = positions - 1; position > 0; --position)
+              at[e] = z(position - 1) < best[e] ? at[e] : position;
             if (L::relu && best[e] <= 0.f) {
               best[e] = 0.f;
               at[e] = 0;
@@ -229,10 +235,12 @@ struct Few : L {
                                                const float (&v)[2],
                                                const u32 (&at)[2]) {
     constexpr int plane = pooled_p * pooled_q;
-    if (k >= L::outputs) return;
+    // what can be seen now costs no branch: there are many stores
+    constexpr bool whole = windows % (8 * L::groups) == 0 && plane % windows == 0;
+    if (L::outputs % 16 && k >= L::outputs) return;
     const long long out = ((long long)n * L::outputs + k) * plane + window0 + window;
     if (plane % 2 == 0 && windows % 2 == 0) {
-      if (window < windows && window0 + window < plane) {
+      if (whole || (window < windows && window0 + window < plane)) {
         *(float2*)(y + out) = make_float2(v[0], v[1]);
         if (code) *(u16*)(code + out) = at[0] | at[1] << 8;
       }

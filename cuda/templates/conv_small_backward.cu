@@ -249,41 +249,51 @@ __device__ __forceinline__ void run_block(
   const int begin = split * stages * STAGE, end = least(begin + stages * STAGE, N);
   const bool with_bias = dbias && c_tile == 0;
 
+  // Word t + 4 i of a step: one image, or two. The next stage's numbers are asked for
+  // while this one's are multiplied.
+  float x_next[2][E][HW], dz_next[2][2][E][PQ];
+  const auto fetch_x = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < 2 * E; ++i) {
+      const int n = first + vn * STEP + (i / E * 4 + t) * E + i % E, c = c0 + g;
+      load_image<false>(x_next[i / E][i % E], x + ((size_t)n * C + c) * HW,
+                        n < end && c < C);
+    }
+  };
+  const auto fetch_dz = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < 4 * E; ++i) {
+      const int half = i / (2 * E), word = i / E % 2;
+      const int n = first + vn * STEP + (word * 4 + t) * E + i % E;
+      from.load(dz_next[half][word][i % E], n, k0 + (vk * 2 + half) * 8 + g, end);
+    }
+  };
+  fetch_x(begin);
+  if (SETTLED) wait_for_earlier_kernels();
+  let_next_kernel_start();
+  fetch_dz(begin);
+
   float acc[RS][4] = {};
   float bias[2] = {};
 #pragma unroll 1
   for (int first = begin; first < end; first += STAGE) {
-    // word t + 4 * word of the step: one image, or two
-    const int n0 = first + vn * STEP + t * E, c = c0 + g;
-    u32 xs[2][HW];
+    u32 xs[2][HW], dz[2][2][PQ];
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
-      const int n = n0 + word * 4 * E;
-      const float* const image = x + ((size_t)n * C + c) * HW;
-      float low[HW], high[HW];
-      load_image<false>(low, image, n < end && c < C);
-      if (E == 2) load_image<false>(high, image + (size_t)C * HW, n + 1 < end && c < C);
-      make_words(xs[word], low, E == 2 ? high : low);
-    }
-    if (first == begin) {
-      if (SETTLED) wait_for_earlier_kernels();
-      let_next_kernel_start();
-    }
-    u32 dz[2][2][PQ];
+      make_words(xs[word], x_next[word][0], x_next[word][E - 1]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        const int n = n0 + word * 4 * E, k = k0 + (vk * 2 + half) * 8 + g;
-        float low[PQ], high[PQ];
-        from.load(low, n, k, end);
-        if (E == 2) from.load(high, n + 1, k, end);
-        make_words(dz[half][word], low, E == 2 ? high : low);
+      for (int half = 0; half < 2; ++half) {
+        make_words(dz[half][word], dz_next[half][word][0], dz_next[half][word][E - 1]);
         if (with_bias) {
 #pragma unroll
           for (int i = 0; i < PQ; ++i) bias[half] += sum_of(dz[half][word][i]);
         }
       }
+    }
+    if (first + STAGE < end) {
+      fetch_x(first + STAGE);
+      fetch_dz(first + STAGE);
+    }
 #pragma unroll
     for (int i = 0; i < PQ; ++i) {
       Rows a;

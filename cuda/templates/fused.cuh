@@ -43,6 +43,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return word;
 }
 
+// the larger one, or NaN if one of them is
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
 // ---- warp matrix product, d += a b
 
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const u32 (&a)[4], u32 b0,

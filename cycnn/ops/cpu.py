@@ -374,9 +374,17 @@ def argmax(x):
 
 def tally(losses, scores, labels, loss_sum, hits):
     """loss_sum += mean of losses; hits += rows of scores whose argmax is the label."""
-    losses, scores = _array("losses", losses), _array("scores", scores)
-    loss_sum, hits = _array("loss_sum", loss_sum), _array("hits", hits, _INT32)
-    reference.tally(losses, scores, _array("labels", labels, _INT32), loss_sum, hits)
+    reference.tally(*_tally_arrays(losses, scores, labels, loss_sum, hits))
+
+
+def _tally_arrays(losses, scores, labels, loss_sum, hits):
+    return (
+        _array("losses", losses),
+        _array("scores", scores),
+        _array("labels", labels, _INT32),
+        _array("loss_sum", loss_sum),
+        _array("hits", hits, _INT32),
+    )
 
 
 # optimizer steps
@@ -452,11 +460,18 @@ def gather_labels(labels, index):
 
 
 def begin_step(feed):
-    """Lay out the next batch and the next learning rate."""
-    reference.begin_step(feed._make(x if x is None else x.array for x in feed))
+    """Lay out the next batch and the learning rate of its step."""
+    reference.begin_step(_feed_arrays(feed))
 
 
 def end_step(losses, scores, labels, loss_sum, hits, feed):
-    """The tally of a step, then the next step's batch and learning rate."""
-    tally(losses, scores, labels, loss_sum, hits)
-    begin_step(feed)
+    """The tally of a step, its learning rate, and the batch of the next one."""
+    if scores is None:
+        given = _array("losses", losses), None, None, _array("loss_sum", loss_sum), None
+    else:
+        given = _tally_arrays(losses, scores, labels, loss_sum, hits)
+    reference.end_step(*given, _feed_arrays(feed))
+
+
+def _feed_arrays(feed):
+    return feed._make(x if x is None else x.array for x in feed)

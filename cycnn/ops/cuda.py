@@ -241,9 +241,7 @@ class _Product:
             return
         partial = empty_on_gpu(self.partial, _FLOAT32, c.device)
         self.kernel(stream, self.grid, _GEMM_BLOCK, partial, a, b, None, *self.numbers)
-        _gemm_finish(
-            stream, self.finish_grid, (32, 8), c, partial, bias, *self.finish
-        )
+        _gemm_finish(stream, self.finish_grid, (32, 8), c, partial, bias, *self.finish)
 
 
 # sums
@@ -277,9 +275,7 @@ def _sum_over_pixels(gpu, out, dy, n, k, pixels, accumulate):
         )
         return
     partial = empty_on_gpu((parts, k), _FLOAT32, dy.device)
-    _sum_channels(
-        gpu.compute, (k, parts), _BLOCK, partial, dy, n, k, pixels, images, 0
-    )
+    _sum_channels(gpu.compute, (k, parts), _BLOCK, partial, dy, n, k, pixels, images, 0)
     _sum_over_rows(gpu, out, partial, parts, k, accumulate)
 
 
@@ -894,31 +890,35 @@ def gather_labels(labels, index):
     return out
 
 
-_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiii")
+_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiiii")
 _END_STEP = 1024  # threads
 _NO_TALLY = (None,) * 5 + (0,) * 3
 _TALLY_OF_A_BLOCK = 1 << 16  # scores that a single block looks through in no time
 
 
 def begin_step(feed):
-    _lay_out(feed, _NO_TALLY)
+    _lay_out(feed, _NO_TALLY, rate_of=0)
 
 
 def end_step(losses, scores, labels, loss_sum, hits, feed):
+    if scores is None:
+        add(loss_sum, losses, loss_sum)
+        _lay_out(feed, _NO_TALLY, rate_of=-1)
+        return
     given = losses, scores, labels, loss_sum, hits
     if scores.size > _TALLY_OF_A_BLOCK:
         tally(*given)
-        _lay_out(feed, _NO_TALLY)
+        _lay_out(feed, _NO_TALLY, rate_of=-1)
     else:
-        _lay_out(feed, _tally_arguments(*given), dependent=True)
+        _lay_out(feed, _tally_arguments(*given), rate_of=-1, dependent=True)
 
 
-def _lay_out(feed, tally_arguments, dependent=False):
+def _lay_out(feed, tally_arguments, rate_of, dependent=False):
     for name in ("order", "position", "classes", "index", "labels"):
         _int32(name, getattr(feed, name))
     _end_step(
         _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
         *feed, feed.index.size, feed.order.size,
-        0 if feed.rates is None else feed.rates.shape[0],
+        0 if feed.rates is None else feed.rates.shape[0], rate_of,
         1 if feed.lr is None else feed.lr.size, dependent=dependent,
     )  # fmt: skip

@@ -87,6 +87,11 @@ class FilterLayout(NamedTuple):
     tiles: int  # along K
 
     @property
+    def channels_of_unit(self) -> int:
+        """Channels that 16 bytes hold."""
+        return 8 if self.mode == 2 else 4
+
+    @property
     def threads(self) -> int:
         """One for each 16 bytes; in "fp32" for each pair, big and small halves."""
         return self.tiles * self.outputs * self.chunks * self.quads * self.taps
@@ -433,7 +438,7 @@ def few_plan(shape, n, machine, mode, gather=False):
         x_rows = (rows * shape.pool[0] - 1) * shape.stride[0] + shape.R
         words = shape.C * x_rows * (shape.W + 2 * shape.padding[1])
         words += 16 * m_tiles * (8 * steps + 4)
-        shared = 4 * parts * words
+        shared = 4 * (parts * words + 8 * steps)
         # enough blocks and warps with little to do each, if the rows allow it
         blocks = n * ceil_div(p, rows) * channel_tiles
         quick = passes <= 18 and (blocks >= machine.sm_count or passes <= 4)
@@ -490,7 +495,7 @@ def pair_plan(first, second, n, machine, mode, gather=False):
     steps = ceil_div(first.C * first.R * first.S, 8)
     rows = (second.H * first.pool[0] - 1) * first.stride[0] + first.R
     image_bytes = first.C * rows * (first.W + 2 * first.padding[1])
-    extra = 4 * (image_bytes + 16 * m_tiles * (8 * steps + 4)) + 16
+    extra = 4 * (image_bytes + 16 * m_tiles * (8 * steps + 4) + 8 * steps) + 16
     used_p = second.pooled[0] * second.pool[0]
     used_q = second.pooled[1] * second.pool[1]
     kept = min(64, steps * m_tiles * 4)  # registers of the first filter

@@ -60,8 +60,13 @@ def _groups(splits: int) -> int:
     return 8 if splits > 16 else 4 if splits > 8 else 2 if splits > 4 else 1
 
 
+def _sum_span(splits: int) -> int:
+    """Numbers of a block."""
+    return 4 * THREADS // _groups(splits)
+
+
 def _sum_blocks(count: int, splits: int) -> int:
-    return ceil_div(count, 4 * THREADS // _groups(splits))
+    return ceil_div(count, _sum_span(splits))
 
 
 _reduce = Kernel("update", "reduce_partials", "PPiPPii")
@@ -672,9 +677,17 @@ def tail_backward_partials(
 
 # Entry of update.cu
 _ENTRY = np.dtype(
-    [(name, "i8") for name in ("offset", "count", "partials", "splits", "first_block")]
+    [("offset", "i8"), ("partials", "i8")]
+    + [(name, "i4") for name in ("count", "splits", "first_block", "span")]
     + [("packed", "i8"), ("layout", "i4", 7), ("unused", "i4")]
 )
+
+
+def _update_span(splits, layout) -> int:
+    """Numbers of a block; with a packed filter whole units of it, if one block can."""
+    span = _sum_span(splits)
+    piece = 1 if layout is None else layout.channels_of_unit * layout.taps
+    return span // piece * piece or span
 
 
 class Updater:
@@ -712,11 +725,13 @@ class Updater:
         for offset, partials, packed in entries:
             splits = partials.shape[0]
             count = partials.size // splits
-            to, layout = 0, (0,) * 7
+            to, numbers, span = 0, (0,) * 7, _update_span(splits, None)
             if packed is not None:
-                to, layout = packed.data.ptr, packed.layout[:7]
-            rows.append((offset, count, partials.ptr, splits, first, to, layout, 0))
-            first += _sum_blocks(count, splits)
+                to, numbers = packed.data.ptr, packed.layout[:7]
+                span = _update_span(splits, packed.layout)
+            entry = offset, partials.ptr, count, splits, first, span, to, numbers, 0
+            rows.append(entry)
+            first += ceil_div(count, span)
         self._blocks = first
         self._rows = np.array(rows, _ENTRY).view(np.int32).reshape(self._table.shape)
 

@@ -383,7 +383,8 @@ def conv_pair_forward(x, first, second, packed=None):
             y2,
             code2,
             n,
-            packed.settled,
+            # a gather is what a step begins with, right behind the update
+            packed.settled and not gather,
             shared=plan.shared,
             dependent=True,
         )

@@ -663,7 +663,7 @@ def gather_images(images, index, scale, shift):
 
 
 def begin_step(feed):
-    """Lay out the next batch of an epoch, and the next learning rate of a run.
+    """Lay out the next batch of an epoch, and the learning rate of its step.
 
     Parameters
     ----------
@@ -671,23 +671,38 @@ def begin_step(feed):
         All but its order, classes and rates is written. A rate beyond the end of the
         rates is not.
     """
-    first, step = (int(n) for n in feed.position)
+    _lay_out_batch(feed)
+    _lay_out_rate(feed)
+
+
+def _lay_out_batch(feed):
+    first = int(feed.position[0])
     index = feed.order[first : first + len(feed.index)]
     for found, room in ((index, feed.index), (feed.classes[index], feed.labels)):
         room[: len(index)] = found
         room[len(index) :] = -1
     feed.position[:] += len(feed.index), 1
-    if feed.rates is not None and step < len(feed.rates):
+
+
+def _lay_out_rate(feed):
+    step = int(feed.position[1]) - 1
+    if feed.rates is not None and 0 <= step < len(feed.rates):
         feed.lr[...] = feed.rates[step]
 
 
 def end_step(losses, scores, labels, loss_sum, hits, feed):
-    """:func:`tally` of a step, then :func:`begin_step` for the next one.
+    """:func:`tally` of a step, its learning rate, and the batch of the next one.
 
-    ``labels`` may lie in those of the feed.
+    For when the gradients are made and the parameters not updated yet. ``labels`` may
+    lie in those of the feed. Without classes ``scores``, ``labels`` and ``hits`` are
+    None, and the loss () is all that is added.
     """
-    tally(losses, scores, labels, loss_sum, hits)
-    begin_step(feed)
+    if scores is None:
+        loss_sum += losses
+    else:
+        tally(losses, scores, labels, loss_sum, hits)
+    _lay_out_rate(feed)
+    _lay_out_batch(feed)
 
 
 def gather_labels(labels, index):

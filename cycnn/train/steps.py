@@ -95,22 +95,26 @@ class Steps:
     def _train(self, images, labels, update=None, recording=False, feed=None) -> None:
         """One step; ``update``, a PartialStep, does the optimizer's part if given, and
         a ``feed`` is told to lay out the next step's batch.
+
+        That runs beside the backward pass: the update leaves it no room on the GPU.
         """
         trainer = self.trainer
         scores, value = self.objective.forward(images, labels)
         self.tally.check(scores)
         if update is None:
             self.objective.backward()
+        else:
+            partials = {}
+            self.objective.backward(partials)
+        self.tally.add(value, scores, labels, feed)
+        if update is None:
             if trainer.clip_grad_norm is not None:
                 trainer.optimizer.clip_grad_norm(trainer.clip_grad_norm)
             trainer.optimizer.step()
         else:
-            partials = {}
-            self.objective.backward(partials)
             update.run(partials, recording)
         if trainer.average is not None:
             trainer.average.update()
-        self.tally.add(value, scores, labels, feed)
 
 
 class EagerSteps(Steps):
@@ -160,7 +164,7 @@ class CapturedSteps(Steps):
     A recorded kernel keeps its arguments, so a step must not depend on a number that
     Python computes. The learning rates of the whole run are a table on the device, and
     the order of the epoch is an index array; a counter there says how far both are. A
-    step ends with laying out the next one's batch, see :class:`~cycnn.ops.Feed`.
+    step lays out the next one's batch before it updates, see :class:`~cycnn.ops.Feed`.
     """
 
     def __init__(self, trainer, loader):
@@ -277,7 +281,7 @@ class CapturedSteps(Steps):
         if self.step:
             # what the device read from the table, for whoever looks at optimizer.lr
             trainer.optimizer.lrs = trainer.scheduled_lrs(self.step - 1, self.total)
-        # the device is one step ahead, which the setter does not know
+        # also where no step used what was laid out
         for group in trainer.optimizer.param_groups:
             self.ops.fill(group.lr_tensor, group.lr)
 
