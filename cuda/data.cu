@@ -195,12 +195,10 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
              int* next_labels,    // (size,); labels may lie there
              const float* rates,  // (steps, groups) or null
              float* lr,           // (groups,)
-             int size, int images, int steps, int groups, int rate_of) {
+             int size, int images, int steps, int rate_of, int groups) {
   let_next_kernel_start();
   const int taken = position[0], step = position[1];
   const bool tallies = threadIdx.x >= HALF;
-  const int rated = step + rate_of;
-  const bool has_rates = rates != nullptr && rated >= 0 && rated < steps;
   int at = -1, label = -1;  // of next image n
   const auto look_up = [&](int n) {
     at = n < size && taken + n < images ? order[taken + n] : -1;
@@ -211,8 +209,9 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
   else if (losses != nullptr)
     add_batch(loss_sum, hits, losses, scores, labels, count, N, F,
               (threadIdx.x - HALF) / WARP, HALF / WARP);
-  if (has_rates) rates += (int64)rated * groups;
-  const float rate = has_rates ? *rates : 0.0f;
+  const int rated = step + rate_of;
+  const bool has_rate = rates != nullptr && rated >= 0 && rated < steps;
+  const float rate = has_rate ? rates[(int64)rated * groups] : 0.0f;
   __syncthreads();  // every thread has read the position and the labels
   for (int n = threadIdx.x; !tallies && n < size; n += HALF) {
     if (n >= HALF) look_up(n);
@@ -222,10 +221,10 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
   if (threadIdx.x == 0) {
     position[0] = taken + size;
     position[1] = step + 1;
-    if (has_rates) {
-      *lr = rate;
-      for (int group = 1; group < groups; ++group) lr[group] = rates[group];
-    }
+    if (has_rate) *lr = rate;
+#pragma unroll 1
+    for (int group = 1; has_rate && group < groups; ++group)
+      lr[group] = rates[(int64)(step + rate_of) * groups + group];
   }
   wait_for_earlier_kernels();
 }

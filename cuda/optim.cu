@@ -83,8 +83,8 @@ extern "C" __global__ void adam_step(
     int* step,                        // (2,)
     int advance,
     const float* __restrict__ lr,     // ()
-    float beta1, float rest1, float log1, float beta2, float rest2, float log2, float eps,
-    float weight_decay, int decoupled, int64 n) {
+    float beta1, float rest1, float log1, float beta2, float rest2, float log2,
+    float eps, float weight_decay, int decoupled, int64 n) {
   const float t = (float)(step[0] + 1);
   const float rate = *lr / correction(log1, t), root2 = sqrtf(correction(log2, t));
   const float keep = decoupled ? 1.0f - *lr * weight_decay : 1.0f;
@@ -107,8 +107,8 @@ extern "C" __global__ void adam_step(
   if (advance) count_step(step);
 }
 
-// g = grad + weight_decay p;  s += g^2;  p -= lr / (1 + (t - 1) lr_decay) g / (sqrt(s) +
-// eps)
+// g = grad + weight_decay p;  s += g^2
+// p -= lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)
 extern "C" __global__ void adagrad_step(
     float* __restrict__ param,        // (n,)
     const float* __restrict__ grad,   // (n,)

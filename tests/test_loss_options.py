@@ -1,4 +1,4 @@
-"""Losses of numbers, and options of the losses of classes, against torch and float64."""
+"""Losses of numbers and options of the losses of classes: torch and float64 agree."""
 
 import copy
 import pickle

@@ -395,7 +395,7 @@ __device__ __forceinline__ void count_step(int* steps) {
   steps[1] = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     update_adam(const Entry* table, int entries, float* params, float* grads,
                 float* squares, float* buffers, int* steps, int advance,
                 const float* lr, float beta1, float rest1, float log1, float beta2,
@@ -407,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (advance) count_step(steps);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     update_adagrad(const Entry* table, int entries, float* params, float* grads,
                    float* squares, int* steps, int advance, const float* lr,
                    float lr_decay, float eps, float weight_decay) {

@@ -302,7 +302,8 @@ class CrossEntropyLoss(ClassLoss):
     Formula: L = -(1 / N) sum over n of log_softmax(logits[n])[labels[n]]. In general,
     with w the weights, s the smoothing and y = labels[n], the target of row n is
     q[f] = (1 - s) w[y] [f = y] + s w[f] / F, and (as in PyTorch)
-    L = -(1 / D) sum over n, f of q[f] log_softmax(logits[n])[f], D = sum over n of w[y].
+    L = -(1 / D) sum over n, f of q[f] log_softmax(logits[n])[f], D being the sum over n
+    of w[y].
     """
 
     def __init__(

@@ -450,7 +450,10 @@ def begin_step(feed):
 
 def end_step(losses, scores, labels, loss_sum, hits, feed):
     """The tally of a step, its learning rate, and the batch of the next one."""
-    given = _tally_arrays(losses, scores, labels, loss_sum, hits)
+    if scores is None:
+        given = _array("losses", losses), None, None, _array("loss_sum", loss_sum), None
+    else:
+        given = _tally_arrays(losses, scores, labels, loss_sum, hits)
     reference.end_step(*given, _feed_arrays(feed))
 
 

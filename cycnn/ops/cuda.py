@@ -881,7 +881,7 @@ def gather_labels(labels, index):
     return out
 
 
-_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiii")
+_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiiii")
 _END_STEP = 1024  # threads
 _NO_TALLY = (None,) * 5 + (0,) * 3
 _TALLY_OF_A_BLOCK = 1 << 16  # scores that a single block looks through in no time
@@ -892,6 +892,10 @@ def begin_step(feed):
 
 
 def end_step(losses, scores, labels, loss_sum, hits, feed):
+    if scores is None:
+        add(loss_sum, losses, loss_sum)
+        _lay_out(feed, _NO_TALLY, rate_of=-1)
+        return
     given = losses, scores, labels, loss_sum, hits
     if scores.size > _TALLY_OF_A_BLOCK:
         tally(*given)
@@ -906,8 +910,8 @@ def _lay_out(feed, tally_arguments, rate_of, dependent=False):
     _end_step(
         _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
         *feed, feed.index.size, feed.order.size,
-        0 if feed.rates is None else feed.rates.shape[0],
-        1 if feed.lr is None else feed.lr.size, rate_of, dependent=dependent,
+        0 if feed.rates is None else feed.rates.shape[0], rate_of,
+        1 if feed.lr is None else feed.lr.size, dependent=dependent,
     )  # fmt: skip
 
 

@@ -712,9 +712,13 @@ def end_step(losses, scores, labels, loss_sum, hits, feed):
     """:func:`tally` of a step, its learning rate, and the batch of the next one.
 
     For when the gradients are made and the parameters not updated yet. ``labels`` may
-    lie in those of the feed.
+    lie in those of the feed. Without classes ``scores``, ``labels`` and ``hits`` are
+    None, and the loss () is all that is added.
     """
-    tally(losses, scores, labels, loss_sum, hits)
+    if scores is None:
+        loss_sum += losses
+    else:
+        tally(losses, scores, labels, loss_sum, hits)
     _lay_out_rate(feed)
     _lay_out_batch(feed)
 

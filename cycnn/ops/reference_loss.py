@@ -115,8 +115,8 @@ def weighted_nll_loss_forward(log_probs, labels, weight, smoothing, ignore_index
     """loss = -1/D sum_n sum_f q_f log_probs[n, f] over the rows that count.
 
     q_f = (1 - smoothing) weight[y] [f = y] + smoothing weight[f] / F with y the label
-    of the row. D is the sum of weight[y] over the rows for the mean, else 1. A row whose
-    label is ``ignore_index`` does not count; if none does, the mean is NaN (0 / 0).
+    of the row. D is the sum of weight[y] over the rows for the mean, else 1. A row
+    whose label is ``ignore_index`` does not count; if none does, it is 0 / 0, NaN.
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def weighted_cross_entropy_forward(
 def weighted_cross_entropy_backward(
     log_probs, labels, weight, smoothing, ignore_index, total
 ):
-    """dlogits = (softmax Q - q) / D with Q = sum_f q_f, and 0 in rows that do not count.
+    """dlogits = (softmax Q - q) / D with Q = sum_f q_f; 0 in rows that do not count.
 
     Put dy = -q / D into the backward of log-softmax, dx = dy - softmax sum_f dy.
     """

@@ -51,7 +51,7 @@ def adam_step(
         m = beta1 m + (1 - beta1) g
         v = beta2 v + (1 - beta2) g^2
         V = max(V, v)                   if there is a max_exp_avg_sq, else  V = v
-        p = p - lr (m / c1) / (sqrt(V / c2) + eps),     c1 = 1 - beta1^t, c2 = 1 - beta2^t
+        p = p - lr (m / c1) / (sqrt(V / c2) + eps),  c1 = 1 - beta1^t,  c2 = 1 - beta2^t
 
     m is the mean of t gradients with weights that sum to c1, which the division makes
     up for; likewise v and c2.

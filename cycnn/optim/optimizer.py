@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import ClassVar
 
 import numpy as np
 
@@ -267,7 +268,7 @@ class Optimizer:
     # int32 (2,), see _settle
     _counter = None
     # settings that are left out of repr and state_dict where they have this value
-    _unsaid = {}
+    _unsaid: ClassVar[dict] = {}
 
     def __init__(self, params, lr, settings):
         if hasattr(params, "parameters"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .optimizer import Optimizer, checked, flag, hyperparameter
 
 
@@ -77,7 +79,7 @@ class RMSprop(Optimizer):
             },
         )
 
-    _unsaid = {"centered": False}
+    _unsaid: ClassVar[dict] = {"centered": False}
 
     @staticmethod
     def _checked(alpha, eps, weight_decay, momentum, initial_accumulator, centered):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .optimizer import Optimizer, checked, flag, hyperparameter
 
 
@@ -55,7 +57,7 @@ class SGD(Optimizer):
             },
         )
 
-    _unsaid = {"dampening": 0.0}
+    _unsaid: ClassVar[dict] = {"dampening": 0.0}
 
     @staticmethod
     def _checked(momentum, weight_decay, nesterov, dampening):

@@ -63,7 +63,7 @@ def _plain(value):
 
 
 def load(path, model, optimizer, schedule, average=None) -> dict:
-    """Put a checkpoint into ``model``, ``optimizer`` and ``average``; returns its ``run``.
+    """Put a checkpoint into model, optimizer and average; returns its ``run``.
 
     Raises
     ------

@@ -80,13 +80,12 @@ class Tally:
         """
         full = len(labels) == self._batch_size
         total = self._loss_sum if full else self._rest
-        if self._classes is None:
-            self._ops.add(total, losses, total)
-            if feed is not None:
-                self._ops.begin_step(feed)
-            return
         given = losses, scores, labels, total, self._hits
-        if feed is None:
+        if self._classes is None:
+            given = losses, None, None, total, None
+        if feed is None and self._classes is None:
+            self._ops.add(total, losses, total)
+        elif feed is None:
             self._ops.tally(*given)
         else:
             self._ops.end_step(*given, feed)

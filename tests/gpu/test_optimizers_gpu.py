@@ -143,6 +143,27 @@ def test_the_next_rates_of_groups(ops, groups):
         np.testing.assert_array_equal(feed.lr.numpy(), wanted)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_step_without_classes(ops, groups):
+    order = np.array([2, 0, 3, 1], np.int32)
+    rates = np.arange(3.0 * groups, dtype=np.float32).reshape(3, groups)
+    lr = np.zeros(groups, np.float32)
+    arrays = order, np.zeros(2, np.int32), order, *np.zeros((2, 2), np.int32), rates, lr
+    feed, expected = Feed(*map(on_gpu, arrays)), Feed(*(a.copy() for a in arrays))
+    loss_sum, wanted = on_gpu(np.array(1.0, np.float32)), np.array(1.0)
+    ops.begin_step(feed)
+    reference.begin_step(expected)
+    for value in (0.5, 0.25):
+        loss = np.array(value, np.float32)
+        ops.end_step(on_gpu(loss), None, None, loss_sum, None, feed)
+        reference.end_step(loss, None, None, wanted, None, expected)
+        assert float(loss_sum) == wanted
+        for name in ("position", "index", "lr"):
+            np.testing.assert_array_equal(
+                getattr(feed, name).numpy(), getattr(expected, name), err_msg=name
+            )
+
+
 # the fused update
 
 
