@@ -44,9 +44,9 @@ cdef inline float _pixel(
     return <float>plane[y * w + x]
 
 
-cdef void _plane(
-    const pixel_t *plane, float *out, idx h, idx w, const way_t *way, bint turned,
-    idx cut, float scale, float shift,
+cdef void _turned_plane(
+    const pixel_t *plane, float *out, idx h, idx w, const way_t *way, float scale,
+    float shift,
 ) noexcept nogil:
     cdef float middle_y = <float>(h - 1) * <float>0.5
     cdef float middle_x = <float>(w - 1) * <float>0.5
@@ -55,35 +55,73 @@ cdef void _plane(
     cdef idx i, j, row, column
     for i in range(h):
         for j in range(w):
-            if (
-                cut and way.top <= i < way.top + cut
-                and way.left <= j < way.left + cut
-            ):
-                out[i * w + j] = 0
-                continue
+            y = <float>(i - way.down) - middle_y
             column = (w - 1 - j if way.mirrored else j) - way.right
-            row = i - way.down
-            if turned:
-                y = <float>row - middle_y
-                x = <float>column - middle_x
-                from_y = (way.a * y - way.b * x) + middle_y
-                from_x = (way.a * x + way.b * y) + middle_x
-                row = <idx>floorf(from_y)
-                column = <idx>floorf(from_x)
-                down = from_y - <float>row
-                right = from_x - <float>column
-                upper = (
-                    (one - right) * _pixel(plane, h, w, row, column)
-                    + right * _pixel(plane, h, w, row, column + 1)
-                )
-                lower = (
-                    (one - right) * _pixel(plane, h, w, row + 1, column)
-                    + right * _pixel(plane, h, w, row + 1, column + 1)
-                )
-                v = (one - down) * upper + down * lower
-            else:
-                v = _pixel(plane, h, w, row, column)
+            x = <float>column - middle_x
+            from_y = (way.a * y - way.b * x) + middle_y
+            from_x = (way.a * x + way.b * y) + middle_x
+            row = <idx>floorf(from_y)
+            column = <idx>floorf(from_x)
+            down = from_y - <float>row
+            right = from_x - <float>column
+            upper = (
+                (one - right) * _pixel(plane, h, w, row, column)
+                + right * _pixel(plane, h, w, row, column + 1)
+            )
+            lower = (
+                (one - right) * _pixel(plane, h, w, row + 1, column)
+                + right * _pixel(plane, h, w, row + 1, column + 1)
+            )
+            v = (one - down) * upper + down * lower
             out[i * w + j] = v * scale + shift
+
+
+cdef void _moved_plane(
+    const pixel_t *plane, float *out, idx h, idx w, const way_t *way, float scale,
+    float shift,
+) noexcept nogil:
+    # without turning, a row comes from one row, and only its ends from outside
+    cdef float zero = 0
+    cdef float outside = zero * scale + shift
+    cdef idx first = -way.right if way.mirrored else way.right
+    cdef idx end = min(w, w + first)
+    cdef idx i, j, row
+    cdef const pixel_t *source
+    cdef float *target
+    first = max(first, 0)
+    for i in range(h):
+        row = i - way.down
+        target = out + i * w
+        if row < 0 or row >= h or first >= end:
+            for j in range(w):
+                target[j] = outside
+            continue
+        for j in range(first):
+            target[j] = outside
+        if way.mirrored:
+            source = plane + row * w + (w - 1 - way.right)
+            for j in range(first, end):
+                target[j] = <float>source[-j] * scale + shift
+        else:
+            source = plane + row * w - way.right
+            for j in range(first, end):
+                target[j] = <float>source[j] * scale + shift
+        for j in range(end, w):
+            target[j] = outside
+
+
+cdef void _plane(
+    const pixel_t *plane, float *out, idx h, idx w, const way_t *way, bint turned,
+    idx cut, float scale, float shift,
+) noexcept nogil:
+    cdef idx i, j
+    if turned:
+        _turned_plane(plane, out, h, w, way, scale, shift)
+    else:
+        _moved_plane(plane, out, h, w, way, scale, shift)
+    for i in range(max(way.top, 0), min(way.top + cut, h)):
+        for j in range(max(way.left, 0), min(way.left + cut, w)):
+            out[i * w + j] = 0
 
 
 def augment(
