@@ -184,6 +184,7 @@ extern "C" __global__ void tally(float* loss_sum,      // ()
 // update, which may start at once.
 // Launch: one block of END_STEP threads.
 constexpr int END_STEP = 1024, HALF = END_STEP / 2;
+constexpr int CACHE_LINE = 128, MOST_NEAR = 1 << 14;  // bytes
 
 extern "C" __global__ __launch_bounds__(END_STEP) void
     end_step(float* loss_sum, int* hits, const float* losses, const float* scores,
@@ -195,7 +196,8 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
              int* next_labels,    // (size,); labels may lie there
              const float* rates,  // (steps, groups) or null
              float* lr,           // (groups,)
-             int size, int images, int steps, int rate_of, int groups) {
+             const char* pixels,  // (rows, row_bytes) that the next images are, or null
+             int size, int images, int steps, int rate_of, int groups, int row_bytes) {
   let_next_kernel_start();
   const int taken = position[0], step = position[1];
   const bool tallies = threadIdx.x >= HALF;
@@ -217,6 +219,10 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
     if (n >= HALF) look_up(n);
     index[n] = at;
     next_labels[n] = label;
+    // from a large set they would come from far away, all at once
+    const int near = min(row_bytes, MOST_NEAR);
+    for (int byte = 0; at >= 0 && byte < near; byte += CACHE_LINE)
+      bring_to_cache(pixels + (int64)at * row_bytes + byte);
   }
   if (threadIdx.x == 0) {
     position[0] = taken + size;
