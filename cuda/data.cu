@@ -181,7 +181,8 @@ extern "C" __global__ void tally(float* loss_sum,      // ()
 // long as both together. It is made to run beside the last kernel of the backward pass,
 // behind which it may be launched as dependent if that one reads nothing of what is
 // written here. It waits only so that the kernel behind it need not; that is the
-// update, which may start at once.
+// update, which may start at once. (Behind rate_of = 0 it is the first of a step, which
+// may not: it reads the index before its own wait.)
 // Launch: one block of END_STEP threads.
 constexpr int END_STEP = 1024, HALF = END_STEP / 2;
 constexpr int CACHE_LINE = 128, MOST_NEAR = 1 << 14;  // bytes
@@ -198,7 +199,7 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
              float* lr,           // (groups,)
              const char* pixels,  // (rows, row_bytes) that the next images are, or null
              int size, int images, int steps, int rate_of, int groups, int row_bytes) {
-  let_next_kernel_start();
+  if (rate_of < 0) let_next_kernel_start();
   const int taken = position[0], step = position[1];
   const bool tallies = threadIdx.x >= HALF;
   int at = -1, label = -1;  // of next image n
