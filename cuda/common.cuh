@@ -41,11 +41,6 @@ DEVICE void let_next_kernel_start() {
 #endif
 }
 
-// The line of this byte, into the cache of the GPU.
-DEVICE void bring_to_cache(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
 // ------------------------------------------------------------------ reductions
 // The order of every sum is fixed by the shape of the launch, so equal input gives
 // equal bits.

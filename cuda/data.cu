@@ -182,10 +182,9 @@ extern "C" __global__ void tally(float* loss_sum,      // ()
 // behind which it may be launched as dependent if that one reads nothing of what is
 // written here. It waits only so that the kernel behind it need not; that is the
 // update, which may start at once. (Behind rate_of = 0 it is the first of a step, which
-// may not: it reads the index before its own wait.)
+// may not: it may read the index before its own wait.)
 // Launch: one block of END_STEP threads.
 constexpr int END_STEP = 1024, HALF = END_STEP / 2;
-constexpr int CACHE_LINE = 128, MOST_NEAR = 1 << 14;  // bytes
 
 extern "C" __global__ __launch_bounds__(END_STEP) void
     end_step(float* loss_sum, int* hits, const float* losses, const float* scores,
@@ -197,8 +196,7 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
              int* next_labels,    // (size,); labels may lie there
              const float* rates,  // (steps, groups) or null
              float* lr,           // (groups,)
-             const char* pixels,  // (rows, row_bytes) that the next images are, or null
-             int size, int images, int steps, int rate_of, int groups, int row_bytes) {
+             int size, int images, int steps, int rate_of, int groups) {
   if (rate_of < 0) let_next_kernel_start();
   const int taken = position[0], step = position[1];
   const bool tallies = threadIdx.x >= HALF;
@@ -220,10 +218,6 @@ extern "C" __global__ __launch_bounds__(END_STEP) void
     if (n >= HALF) look_up(n);
     index[n] = at;
     next_labels[n] = label;
-    // from a large set they would come from far away, all at once
-    const int near = min(row_bytes, MOST_NEAR);
-    for (int byte = 0; at >= 0 && byte < near; byte += CACHE_LINE)
-      bring_to_cache(pixels + (int64)at * row_bytes + byte);
   }
   if (threadIdx.x == 0) {
     position[0] = taken + size;

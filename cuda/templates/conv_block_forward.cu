@@ -46,9 +46,6 @@
 // settled: the filter was complete before the kernel ahead of this one started, so that
 // under programmatic dependent launch it may be fetched before that one has finished.
 //
-// GATHER = 1: the image is a row of a data set, made where it is read. Data set and row
-// number are settled, too: end_step, which writes the latter, is followed by the update.
-//
 // Launch: grid (image groups x row tiles x column tiles, channel tiles), block 32
 // (WARPS_M WARPS_N WARPS_K + STAGERS), dynamic shared memory SHARED_BYTES, any N >= 1.
 #if FIRST
@@ -594,30 +591,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
 
   filter += (long long)blockIdx.y * SLOTS_USED * SLOT_BYTES;
   const int thread = threadIdx.x - MULTIPLIERS;  // of the stagers
-  const auto begin_multipliers = [&] {
+  if (threadIdx.x < MULTIPLIERS) {
     wait_for_earlier_kernels();
     let_next_kernel_start();
-#pragma unroll 1
     for (int k = threadIdx.x; k < TK; k += MULTIPLIERS)
-      ((float*)(memory + BIAS))[k] =
-          HAS_BIAS && k0 + k < K ? load_fresh(bias + k0 + k) : 0.f;
-  };
+      ((float*)(memory + BIAS))[k] = HAS_BIAS && k0 + k < K ? bias[k0 + k] : 0.f;
+  }
   Sums sums;
 #if FIRST
-  int fetched = 0;
+  int fetched = thread >= 0 ? begin(filter, settled, shared, thread) : 0;
   u32* first = (u32*)(memory + FIRST_AT);
   float b[First::m_tiles][2];
+  First::load_bias(b, first_bias, 0);
 #if GATHER
   const PixelOfBytes pixel{
       images + (long long)index[n0] * (FIRST_C * FIRST_H * FIRST_W), scale, shift};
 #else
   const PixelOfBatch pixel{image + (long long)n0 * (FIRST_C * FIRST_H * FIRST_W)};
 #endif
-  First::load<GATHER>(first, pixel, first_filter, -FIRST_PAD_H, 0, [&] {
-    if (thread >= 0) fetched = begin(filter, settled, shared, thread);
-    else begin_multipliers();
-    First::load_bias(b, first_bias, 0);
-  });
+  First::load(first, pixel, first_filter, -FIRST_PAD_H, 0);
+#if GATHER
+  if (x_out != nullptr && blockIdx.y == 0)
+    for (int i = threadIdx.x; i < FIRST_C * FIRST_H * FIRST_W; i += THREADS)
+      x_out[(long long)n0 * (FIRST_C * FIRST_H * FIRST_W) + i] = pixel(i);
+#endif
   __syncthreads();
   if (thread >= 0)
     for (; fetched < SLOTS_USED; ++fetched)
@@ -646,18 +643,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
 #endif
   __syncthreads();
   if (thread < 0) multiply_all(sums, shared);
-#if GATHER
-  else if (x_out != nullptr && blockIdx.y == 0)
-    for (int i = thread; i < FIRST_C * FIRST_H * FIRST_W; i += STAGING)
-      x_out[(long long)n0 * (FIRST_C * FIRST_H * FIRST_W) + i] = pixel(i);
-#endif
 #else
   if (thread >= 0) {
     const InputUnits units = input_units(present, tile_row * TP * STRIDE_H - PAD_H,
                                          tile_column * TQ * STRIDE_W - PAD_W, thread);
     stage(x + (long long)n0 * (C * H * W), filter, settled, shared, units, thread);
   } else {
-    begin_multipliers();
     multiply_all(sums, shared);
   }
 #endif

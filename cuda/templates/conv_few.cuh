@@ -70,78 +70,48 @@ struct Few : L {
   }
 
   // Brings the input rows from row0 on (which may lie in the padding) and the filters
-  // from channel k0 on; pixel(i) is element i of the image. wait(), for the kernel ahead,
-  // comes before the first read, or with EARLY, where that one has not made the image,
-  // before the first of the filter. All threads call it, then synchronise.
-  template <bool EARLY, class Pixel, class Wait>
+  // from channel k0 on; pixel(i) is element i of the image. All threads call it, then
+  // synchronise.
+  template <class Pixel>
   static __device__ __forceinline__ void load(u32* shared, Pixel pixel,
-                                              const float* filter, int row0, int k0,
-                                              const Wait& wait) {
+                                              const float* filter, int row0, int k0) {
     u32* fs = shared + parts * x_part;
     u32* offsets = fs + parts * f_part;
-    float v[x_batch], f[f_batch];
-    const auto fetch_pixels = [&](int first) {
+    for (int tap = threadIdx.x; tap < 8 * steps; tap += L::threads)
+      offsets[tap] = tap_offset(tap);
+    // the first batches of both are loaded before either is stored: one round trip
+#pragma unroll 1
+    for (int first = 0; first * x_batch < x_part || first * f_batch < f_all;
+         first += L::threads) {
+      const int x_first = first * x_batch + threadIdx.x;
+      const int f_first = first * f_batch + threadIdx.x;
+      float v[x_batch], f[f_batch];
 #pragma unroll
       for (int j = 0; j < x_batch; ++j) {
-        const int i = first * x_batch + j * L::threads + threadIdx.x;
+        const int i = x_first + j * L::threads;
         const int row = row0 + i / x_pitch % x_rows, column = i % x_pitch - L::pad_w;
         const int c = i / (x_pitch * x_rows);
         const bool inside = i < x_part && row >= 0 && row < L::height && column >= 0 &&
                             column < L::width;
         v[j] = inside ? pixel((c * L::height + row) * L::width + column) : 0.f;
       }
-    };
-    const auto store_pixels = [&](int first) {
+#pragma unroll
+      for (int j = 0; j < f_batch; ++j) {
+        const int i = f_first + j * L::threads;
+        const int tap = i % (steps * 8), k = k0 + i / (steps * 8);
+        f[j] = i < f_all && tap < taps && k < L::outputs ? filter[k * taps + tap] : 0.f;
+      }
 #pragma unroll
       for (int j = 0; j < x_batch; ++j) {
-        const int i = first * x_batch + j * L::threads + threadIdx.x;
+        const int i = x_first + j * L::threads;
         if (i < x_part) store(shared + i, x_part, v[j]);
       }
-    };
-    const auto fetch_filter = [&](int first) {
 #pragma unroll
       for (int j = 0; j < f_batch; ++j) {
-        const int i = first * f_batch + j * L::threads + threadIdx.x;
-        const int tap = i % (steps * 8), k = k0 + i / (steps * 8);
-        f[j] = 0.f;
-        if (i < f_all && tap < taps && k < L::outputs)
-          f[j] = load_fresh(filter + k * taps + tap);
-      }
-    };
-    const auto store_filter = [&](int first) {
-#pragma unroll
-      for (int j = 0; j < f_batch; ++j) {
-        const int i = first * f_batch + j * L::threads + threadIdx.x;
+        const int i = f_first + j * L::threads;
         if (i < f_all)
           store(fs + i / (steps * 8) * f_pitch + i % (steps * 8), f_part, f[j]);
       }
-    };
-
-    if (!EARLY) wait();
-    for (int tap = threadIdx.x; tap < 8 * steps; tap += L::threads)
-      offsets[tap] = tap_offset(tap);
-    fetch_pixels(0);
-    if (EARLY) {
-      store_pixels(0);
-#pragma unroll 1
-      for (int first = L::threads; first * x_batch < x_part; first += L::threads) {
-        fetch_pixels(first);
-        store_pixels(first);
-      }
-      wait();
-    }
-    // otherwise both are asked for before either is stored: one round trip
-    fetch_filter(0);
-    if (!EARLY) store_pixels(0);
-    store_filter(0);
-#pragma unroll 1
-    for (int first = L::threads;
-         (!EARLY && first * x_batch < x_part) || first * f_batch < f_all;
-         first += L::threads) {
-      if (!EARLY) fetch_pixels(first);
-      fetch_filter(first);
-      if (!EARLY) store_pixels(first);
-      store_filter(first);
     }
   }
 
@@ -151,7 +121,7 @@ struct Few : L {
 #pragma unroll
     for (int i = 0; i < 2 * L::m_tiles; ++i) {
       const int k = k0 + i * 8 + threadIdx.x % 32 / 4;
-      b[i / 2][i % 2] = L::bias && k < L::outputs ? load_fresh(bias + k) : 0.f;
+      b[i / 2][i % 2] = L::bias && k < L::outputs ? bias[k] : 0.f;
     }
   }
 

@@ -1,8 +1,7 @@
 // conv_block_forward for few input channels (as in a first layer); how: conv_few.cuh.
 //
 // GATHER: x is made here from the data set, x[n] = images[index[n]] * scale + shift,
-// and written to x_out where that is not null (the backward needs it). Images and index
-// are read while the kernel ahead still runs: it must not be the one that writes them.
+// and written to x_out where that is not null (the backward needs it).
 //
 // Launch: grid (N x row tiles, channel tiles), block 32 WARPS, dynamic shared memory
 // SHARED_BYTES, N >= 1.
@@ -37,18 +36,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) conv_few_forward(
   extern __shared__ __align__(16) u32 shared[];
   const int n = blockIdx.x / Conv::row_tiles, tile = blockIdx.x % Conv::row_tiles;
   const int k0 = blockIdx.y * TK;
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+
   float b[Conv::m_tiles][2];
+  Conv::load_bias(b, bias, k0);
 #if GATHER
   const PixelOfBytes pixel{images + (long long)index[n] * (C * H * W), scale, shift};
 #else
   const PixelOfBatch pixel{x + (long long)n * (C * H * W)};
 #endif
-  Conv::load<GATHER>(shared, pixel, filter, tile * TPP * POOL_H * STRIDE_H - PAD_H, k0,
-                     [&] {
-                       wait_for_earlier_kernels();
-                       let_next_kernel_start();
-                       Conv::load_bias(b, bias, k0);
-                     });
+  Conv::load(shared, pixel, filter, tile * TPP * POOL_H * STRIDE_H - PAD_H, k0);
 #if GATHER
   if (x_out != nullptr && blockIdx.y == 0)
     for (int i = tile * 32 * WARPS + threadIdx.x; i < C * H * W;

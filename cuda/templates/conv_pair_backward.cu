@@ -231,7 +231,7 @@ constexpr int SHARED_WORDS =
     W_WORDS + DZ_WORDS + DY_WORDS + CODE_WORDS + X_WORDS + ONES;
 static_assert(ROLE_WARPS * 3 * 128 <= DZ_WORDS + DY_WORDS + CODE_WORDS + X_WORDS,
               "room for what each warp has of dweight1");
-// 8 k are a step of the contraction; their weights are asked for two steps ahead.
+// 8 k are a step of the contraction; their weights are asked for some steps ahead.
 constexpr int STEPS = K / 8, COPIED_AHEAD = 2;
 
 // Rows of dy1 of a warp, at most.
@@ -292,7 +292,7 @@ __device__ __forceinline__ void multiply_rows(Sums& acc, u32 low, u32 high, u32 
       for (int s = 0; s < S; ++s) {
         const int ahead = r * S + s + AHEAD;
         load_tap(ahead % RS, ahead < RS ? w : next_w);
-        const u32 b0 = b[s][0], b1 = b[s][1];
+        const u32 b0 = copied_operand(b[s][0]), b1 = copied_operand(b[s][1]);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
           const int p = rows[i] - r;
@@ -382,31 +382,17 @@ __device__ __forceinline__ void run(int block, int splits, u32* shared,
   if (thread < STEPS) barrier_init(arrived + 8 * thread, ROLE_THREADS);
   for (int i = thread; i < ONES; i += ROLE_THREADS) ones[i] = __float_as_uint(1.0f);
   sync_role(DATA_ROLE);
-  constexpr int COPIES = 8 * W_ROW / 4;
   const auto copy_weights = [&](int step) {
-    if (step < STEPS)
-      for_copies<COPIES>([&](int i) {
-        const int k = step * 8 + i / (W_ROW / 4), at = i % (W_ROW / 4) * 4;
-        copy_async16(shared_address(w_tile + k * W_ROW + at),
-                     weight2 + ((size_t)k * C + c0) * RS + at);
-      });
-    if (TOGETHER) copy_commit();
-    else if (step < STEPS) barrier_arrive_copies(arrived + 8 * step);
-  };
-  // In tf32 a thread rounds what it copied, once, not for every product.
-  const auto round_weights = [&](int step) {
-    if (!TOGETHER || step >= STEPS) return;
-    for_copies<COPIES>([&](int i) {
-      uint4* const at = (uint4*)(w_tile + step * 8 * W_ROW) + i;
-      const uint4 v = *at;
-      *at = make_uint4(copied_operand(v.x), copied_operand(v.y), copied_operand(v.z),
-                       copied_operand(v.w));
+    for_copies<8 * W_ROW / 4>([&](int i) {
+      const int k = step * 8 + i / (W_ROW / 4), at = i % (W_ROW / 4) * 4;
+      copy_async16(shared_address(w_tile + k * W_ROW + at),
+                   weight2 + ((size_t)k * C + c0) * RS + at);
     });
-    barrier_arrive(arrived + 8 * step);
+    barrier_arrive_copies(arrived + 8 * step);
   };
   // weights are older than the kernel before this one
 #pragma unroll 1
-  for (int step = 0; step < COPIED_AHEAD; ++step) copy_weights(step);
+  for (int step = 0; step < least(COPIED_AHEAD, STEPS); ++step) copy_weights(step);
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
@@ -419,15 +405,8 @@ __device__ __forceinline__ void run(int block, int splits, u32* shared,
     // All blocks together ask for more than L2 can bring at once: what is needed later
     // is asked for later.
     const auto copy_later = [&](int step) {
-      if (!first) return;
-      copy_wait<0>();
-      round_weights(step + 1);
-      copy_weights(step + COPIED_AHEAD);
+      if (first && step + COPIED_AHEAD < STEPS) copy_weights(step + COPIED_AHEAD);
     };
-    if (first) {
-      copy_wait<COPIED_AHEAD - 1>();
-      round_weights(0);
-    }
     sync_role(DATA_ROLE);
 
     Sums acc = {};

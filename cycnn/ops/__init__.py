@@ -26,7 +26,6 @@ class Feed(NamedTuple):
     labels: object  # int32 (N,): their labels, -1 there
     rates: object  # float32 (steps, *lr), learning rates of each step; None: lr stays
     lr: object  # float32 (), or (groups,) for groups of parameters
-    images: object = None  # (M, ...), where a GPU has them: the next are brought closer
 
 
 class Augmentation(NamedTuple):

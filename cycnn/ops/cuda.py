@@ -881,7 +881,7 @@ def gather_labels(labels, index):
     return out
 
 
-_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPPiiiiii")
+_end_step = Kernel("data", "end_step", "PPPPPiiiPPPPPPPiiiii")
 _END_STEP = 1024  # threads
 _NO_TALLY = (None,) * 5 + (0,) * 3
 _TALLY_OF_A_BLOCK = 1 << 16  # scores that a single block looks through in no time
@@ -911,9 +911,7 @@ def _lay_out(feed, tally_arguments, rate_of, dependent=False):
         _get(feed.order.device.index).compute, 1, _END_STEP, *tally_arguments,
         *feed, feed.index.size, feed.order.size,
         0 if feed.rates is None else feed.rates.shape[0], rate_of,
-        1 if feed.lr is None else feed.lr.size,
-        0 if feed.images is None else feed.images.nbytes // feed.images.shape[0],
-        dependent=dependent,
+        1 if feed.lr is None else feed.lr.size, dependent=dependent,
     )  # fmt: skip
 
 

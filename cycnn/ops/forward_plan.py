@@ -529,23 +529,13 @@ def pair_plan(first, second, n, machine, mode, gather=False):
     if best is None:
         return None
     tile = best[1]._replace(SHARED_BYTES=best[1].SHARED_BYTES + extra)
-    # all warps make the first convolution: more of them, where that takes fewer rounds
-    groups = max(1, 4 // positions // m_tiles)
-    passes = ceil_div(second.H * second.W, 8 * groups)
-    products = tile.WARPS_M * tile.WARPS_N * tile.WARPS_K
-    most = 65536 // (kept + 4 * m_tiles * positions + 44) // 32
-    warps = min(
-        range(products + tile.STAGERS, max(most, products + tile.STAGERS) + 1),
-        key=lambda warps: (ceil_div(passes, warps), warps),
-    )
-    tile = tile._replace(STAGERS=warps - products)
     plan = block_plan(second, tile, mode)
     names = "CHWKRS"
     options = {
         **dict(plan.options),
         **{f"FIRST_{name}": value for name, value in zip(names, first[:6])},
         **{f"FIRST_{name}": value for name, value in _shape_options(first)[6:]},
-        "FIRST_GROUPS": groups,
+        "FIRST_GROUPS": max(1, 4 // positions // m_tiles),
         "FIRST": 1,
         "GATHER": gather,
     }

@@ -198,7 +198,6 @@ class CapturedSteps(Steps):
             labels=empty(loader.batch_size, "int32", device),
             rates=None,
             lr=None,
-            images=self.held.images,
         )
         self.graphs = {}
         # filters in the form that kernels read, which each update writes as well
