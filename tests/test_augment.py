@@ -89,7 +89,7 @@ def test_each_way_by_hand():
     for sample in range(60):
         sample = np.array([sample], np.int32)
         ways = Augmentation(shift=(1, 2), flip=True, cutout=2)
-        way = drawing.draw_ways(sample, KEY, ways, 4, 5)
+        way = drawing._draw_ways(sample, KEY, ways, 4, 5)
         down, right = int(way.down[0]), int(way.right[0])
         want = np.zeros((4, 5), np.float32)
         for h in range(4):
@@ -113,7 +113,7 @@ def test_a_quarter_turn_is_one():
     x = np.arange(25, dtype=np.uint8).reshape(1, 1, 5, 5)
     samples = np.arange(4000, dtype=np.int32)
     ways = Augmentation(rotation=float(np.pi / 2))
-    way = drawing.draw_ways(samples, KEY, ways, 5, 5)
+    way = drawing._draw_ways(samples, KEY, ways, 5, 5)
     angle = np.arctan2(way.b, way.a)
     # sine and cosine are those of an angle, up to the polynomial's error
     np.testing.assert_allclose(way.a**2 + way.b**2, 1, atol=2e-5)
@@ -130,7 +130,7 @@ def test_a_quarter_turn_is_one():
 def test_numbers_are_uniform_and_independent():
     samples = np.arange(20000, dtype=np.int32)
     ways = Augmentation((2, 2), True, 1.0, 0.5, 2)
-    way = drawing.draw_ways(samples, KEY, ways, 16, 16)
+    way = drawing._draw_ways(samples, KEY, ways, 16, 16)
     for values, count in ((way.down, 5), (way.right, 5), (way.top, 16), (way.left, 16)):
         share = np.bincount(values - values.min(), minlength=count) / len(samples)
         np.testing.assert_allclose(share, 1 / count, atol=0.012)

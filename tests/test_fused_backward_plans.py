@@ -145,6 +145,8 @@ def test_the_update_compiles():
         "reduce_partials": "PPiPPii",
         "update_rmsprop": "PiPPPPPffff",
         "update_sgd": "PiPPPPffi",
+        "update_adam": "PiPPPPPiPffffffffi",
+        "update_adagrad": "PiPPPPiPfff",
     }
 
 

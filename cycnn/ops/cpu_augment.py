@@ -47,7 +47,7 @@ def augment_images(images, index, samples, key, scale, shift, ways):
         drawn, turned, cut = None, False, 0
         if ways is not None:
             key = _array("key", key, _INT32)
-            drawn = reference.draw_ways(samples, key, ways, *shape[2:])
+            drawn = reference._draw_ways(samples, key, ways, *shape[2:])
             turned, cut = bool(ways.rotation or ways.zoom), ways.cutout
         _cpu_augment.augment(
             _flat(images), index, _flat(out), shape, scale, shift, drawn, turned, cut

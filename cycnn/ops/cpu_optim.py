@@ -136,7 +136,7 @@ def damped_sgd_step(
 def square_sums(x, out):
     """out[i] = the sum of the squares of part i of x."""
     x, out = _array("x", x), _array("out", out)
-    size = reference_optim.part_size(x.shape, out.shape)
+    size = reference_optim._part_size(x.shape, out.shape)
     _loops.square_sums(x, out, size)
 
 

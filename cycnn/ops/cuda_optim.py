@@ -136,7 +136,7 @@ def damped_sgd_step(
 
 
 def square_sums(x, out):
-    size = reference_optim.part_size(x.shape, out.shape)
+    size = reference_optim._part_size(x.shape, out.shape)
     _square_sums(_get(x.device.index).compute, out.size, _BLOCK, out, x, size, x.size)
 
 

@@ -95,7 +95,7 @@ def check_drawn(samples, key, ways):
         raise ValueError("ways are given, but not samples and key to draw them from")
 
 
-def draw_ways(samples, key, ways, h, w) -> Drawn:
+def _draw_ways(samples, key, ways, h, w) -> Drawn:
     """What happens to each image, in arithmetic that is the same on every device.
 
     With mix32 as above, all in uint32, draw j of a sample is::
@@ -193,7 +193,7 @@ def augment_images(images, index, samples, key, scale, shift, ways):
     scale, shift = (np.asarray(v, np.float64)[:, None, None] for v in (scale, shift))
     if ways is None or not out.size:
         return out * scale + shift
-    drawn = draw_ways(samples, key, ways, h, w)
+    drawn = _draw_ways(samples, key, ways, h, w)
     for i in range(n):
         way = Drawn(*(value[i] for value in drawn))
         out[i] = _changed(out[i], way, ways) * scale + shift

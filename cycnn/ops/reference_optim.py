@@ -191,12 +191,12 @@ def square_sums(x, out):
     out : (parts,)
         Part i is ``x[i * size : (i + 1) * size]`` with size = ceil(n / parts).
     """
-    size = part_size(x.shape, out.shape)
+    size = _part_size(x.shape, out.shape)
     for i in range(len(out)):
         out[i] = np.sum(_f64(x[i * size : (i + 1) * size]) ** 2)
 
 
-def part_size(x_shape, out_shape) -> int:
+def _part_size(x_shape, out_shape) -> int:
     """Elements of x (n,) that one of out (parts,) sums up."""
     if len(x_shape) != 1 or len(out_shape) != 1 or not out_shape[0]:
         raise shapes.ShapeError(
