@@ -233,10 +233,11 @@ cdef _versioned_capsule(tensor, stream):
     except BaseException:
         PyMem_Free(managed)
         raise
-    Py_INCREF(tensor)
+    export = _Export(tensor, stream)
+    Py_INCREF(export)
     managed.version.major = 1
     managed.version.minor = 0
-    managed.manager_ctx = <void*>tensor
+    managed.manager_ctx = <void*>export
     managed.deleter = _delete_versioned
     managed.flags = 0
     return PyCapsule_New(managed, "dltensor_versioned", _drop_versioned)

@@ -1,5 +1,6 @@
 """The benchmarks run, and tell who has learned."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -7,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training import write_mnist
+
+from cycnn import nn
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -86,14 +90,95 @@ def test_other_tasks(tmp_path):
     assert sum(phases.values()) == pytest.approx(found["start"]["median"])
 
 
-def test_vgg(tmp_path):
+def test_larger_networks(tmp_path):
     folder = write_mnist(tmp_path, 1, 1)
     done = peers(
-        folder, "--contestants", "cycnn-*", "--networks", "vgg-*", "--images", 12,
-        "--epochs", 1,
+        folder, "--contestants", "cycnn-*", "--networks", "vgg-*,resnet-*",
+        "--images", 12, "--epochs", 1,
     )
     assert done.returncode == 1, done.stderr  # nobody learns from 12 images
-    assert all("median" in row["cycnn-fp32"] for row in results(folder).values())
+    found = results(folder)
+    assert list(found) == ["vgg-128", "vgg-512", "resnet-128", "resnet-512"]
+    assert all("median" in row["cycnn-fp32"] for row in found.values())
+
+
+@pytest.mark.parametrize("name", ["reference", "lenet", "vgg", "resnet"])
+def test_everybody_computes_the_same(name, monkeypatch):
+    """Scores and running statistics, from the same weights."""
+    torch = pytest.importorskip("torch")
+    jax = pytest.importorskip("jax")
+    monkeypatch.syspath_prepend(BENCH / "peers")
+    import networks
+    import run_jax
+    import run_torch
+
+    network = networks.NETWORKS[name]
+    weights = networks.starting_weights(network)
+    ours = networks.build(network, nn, nn.Residual).to("cpu")
+    for parameter, array in zip(ours.parameters(), weights, strict=True):
+        parameter.data.copy_(array)
+    theirs = run_torch.build(network)
+    options = argparse.Namespace(device="cpu", folder=None)
+    contestant = run_jax.Contestant("jax-scan", "fp32", options)
+    parameters = run_jax.to_jax(network, weights)
+    statistics = run_jax.starting_statistics(network)
+    x = networks.load(network, None, 4)[0].floats() if network.data == "patterns" else (
+        np.random.default_rng(0).random((4, 1, 28, 28), np.float32)
+    )
+    for training in True, False:
+        ours.train(training)
+        theirs.train(training)
+        want = ours(x).numpy()
+        found = theirs(torch.from_numpy(x)).detach().numpy()
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+        scores, statistics = contestant.log_probs(
+            network, parameters, statistics, run_jax.nhwc(x), training
+        )
+        np.testing.assert_allclose(np.asarray(scores), want, rtol=1e-4, atol=1e-4)
+    assert jax.tree.structure(statistics) == jax.tree.structure(
+        run_jax.starting_statistics(network)
+    )
+
+
+def run_of(folder, name, device, date, **figures):
+    """A file as --json writes it: figures of reference-128 of some contestants."""
+    found = {
+        who.replace("_", "-"): {
+            "seconds": [second], "median": second, "accuracy": 0.99, "learned": True,
+            "version": "1", "settings": "none",
+        }
+        for who, second in figures.items()
+    }
+    about = {"date": date, "device": device}
+    content = {"about": about, "results": {"reference-128": found}}
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+def test_runs_are_read_as_one(tmp_path):
+    chart = tmp_path / "out.png"
+    runs = [
+        run_of(tmp_path, "a", "GPU 1", "Monday", jax_scan_fp32=4.0, cycnn_fp32=1.0),
+        run_of(tmp_path, "b", "GPU 1", "Tuesday", cycnn_fp32=2.0, torch_graph_fp32=3.0),
+        run_of(tmp_path, "c", "GPU 2", "Friday", torch_eager_fp32=8.0),
+    ]
+    done = bench("peers", "--read", *runs, "--chart", chart)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [
+        "[1] date Monday, device GPU 1",
+        "[2] date Tuesday, device GPU 1",
+        "[3] date Friday, device GPU 2",
+    ]
+    rows = [line.split() for line in lines if "99.00%" in line]
+    # in the usual order; the later of two counts; no ratio between two machines
+    assert [(row[0], row[1], row[2], row[4]) for row in rows] == [
+        ("cycnn-fp32", "[2]", "2000", "1.00"),
+        ("torch-eager-fp32", "[3]", "8000", "-"),
+        ("torch-graph-fp32", "[2]", "3000", "1.50"),
+        ("jax-scan-fp32", "[1]", "4000", "2.00"),
+    ]
+    assert chart.read_bytes().startswith(b"\x89PNG")
 
 
 def stand_in(folder, script):

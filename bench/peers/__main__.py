@@ -4,6 +4,7 @@
     python bench/peers --json results.json --chart results.png
     python bench/peers --networks 'reference-*' --contestants 'cycnn-*,torch-graph-tf32'
     python bench/peers --device cpu --threads 2
+    python bench/peers --read one.json another.json --chart results.png
 
 Everybody trains the same network from the same weights with the same recipe (RMSprop
 or SGD, learning rate falling linearly to 0) on the same images in a new order each
@@ -21,6 +22,7 @@ or takes too long is reported, and the rest goes on in a new process.
 import argparse
 import datetime
 import fnmatch
+import itertools
 import json
 import os
 import platform
@@ -39,7 +41,7 @@ from typing import NamedTuple
 import networks
 import numpy as np
 import report
-from networks import NETWORKS, PRECISIONS, SETTINGS
+from networks import CONTESTANTS, KINDS, NETWORKS, SETTINGS
 
 _HERE = Path(__file__).resolve().parent
 # Last, for a checkout in which cycnn was built in place and not installed.
@@ -49,14 +51,12 @@ _RESULT = "RESULT "
 _WARMUP = 1  # epochs
 _FAILURES = 3  # in a row, after which a kind of contestant is given up
 _LIBRARIES = {"cycnn": "cycnn", "torch": "PyTorch", "jax": "JAX"}
-_KINDS = ("cycnn", "cycnn-eager", "torch-eager", "torch-graph", "torch-compile",
-          "jax-scan")
 
 
 def contestants(device):
     if device == "cpu":
         return ["cycnn-fp32", "torch-eager-fp32", "jax-scan-fp32"]
-    return [f"{kind}-{precision}" for kind in _KINDS for precision in PRECISIONS]
+    return CONTESTANTS
 
 
 # ---------------------------------------------------------------------------------
@@ -98,22 +98,30 @@ def work(options):
         if job.precision not in contestants:
             contestants[job.precision] = module.Contestant(kind, job.precision, options)
     clock.mark("imports")
-    with ThreadPoolExecutor() as pool:
-        for setting, precision in jobs:
-            found = SETTINGS.get(setting)
-            if found and found.task == "train":
-                contestants[precision].prepare(
-                    pool, found, data.of(found), epochs(found, options)
-                )
     tasks = {"train": train, "predict": predict, "start": start, "weights": weights}
-    for name, precision in jobs:
-        setting = SETTINGS.get(name)
-        contestant = contestants[precision]
-        result = tasks[setting.task if setting else name](
-            contestant, setting, options, data, clock
-        )
-        result["version"] = contestant.version
-        print(_RESULT + json.dumps(result), flush=True)
+    # network by network, so that the first results come early; what compiles does so
+    # before anything is timed, since choosing algorithms takes the device's time
+    for _, group in itertools.groupby(jobs, network_of):
+        group = list(group)
+        with ThreadPoolExecutor() as pool:
+            for name, precision in group:
+                setting = SETTINGS.get(name)
+                if setting and setting.task == "train":
+                    contestants[precision].prepare(
+                        pool, setting, data.of(setting), epochs(setting, options)
+                    )
+        for name, precision in group:
+            setting = SETTINGS.get(name)
+            contestant = contestants[precision]
+            result = tasks[setting.task if setting else name](
+                contestant, setting, options, data, clock
+            )
+            result["version"] = contestant.version
+            print(_RESULT + json.dumps(result), flush=True)
+
+
+def network_of(job):
+    return SETTINGS[job.setting].network if job.setting in SETTINGS else None
 
 
 class Data:
@@ -334,11 +342,12 @@ def plan(options):
     everything = "reference-128" if options.device == "cpu" else "*"
     planned = {}
     for setting in chosen(SETTINGS, (options.networks or everything).split(",")):
-        usual = ("*",) if options.contestants else SETTINGS[setting].contestants
+        everybody = options.contestants or options.device == "cpu"
+        usual = ("*",) if everybody else SETTINGS[setting].contestants
         for name in chosen(names, usual):
             kind, precision = name.rsplit("-", 1)
             planned.setdefault(kind, []).append(Job(setting, precision))
-    return {kind: planned[kind] for kind in _KINDS if kind in planned}
+    return {kind: planned[kind] for kind in KINDS if kind in planned}
 
 
 def run(options, content):
@@ -402,8 +411,9 @@ def arguments():
         help="interpreter that has the peers installed, if it is another one")
     add("--json", metavar="FILE", help="write the results there, too")
     add("--chart", metavar="FILE", help="draw them there (PNG; needs matplotlib)")
-    add("--read", metavar="FILE",
-        help="run nothing: table and chart of results that --json wrote")
+    add("--read", metavar="FILE", nargs="+",
+        help="run nothing: one table and chart of results that --json wrote; where two "
+        "files have the same figure, the later one counts")
     for hidden in ("--only", "--jobs", "--folder"):
         add(hidden, help=argparse.SUPPRESS)
     add("--started", type=float, help=argparse.SUPPRESS)
@@ -433,7 +443,9 @@ def main():
             sys.exit("--chart needs matplotlib: pip install matplotlib")
     content, interrupted = {}, False
     if options.read:
-        content = json.loads(Path(options.read).read_text())
+        content = report.merged(
+            [json.loads(Path(path).read_text()) for path in options.read]
+        )
     else:
         # so that nothing is left running, and what was measured is not lost
         signal.signal(signal.SIGTERM, signal.default_int_handler)

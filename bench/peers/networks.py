@@ -8,24 +8,58 @@ from typing import NamedTuple
 import numpy as np
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+KINDS = ("cycnn", "cycnn-eager", "torch-eager", "torch-graph", "torch-compile",
+         "jax-scan")
+CONTESTANTS = [f"{kind}-{precision}" for kind in KINDS for precision in PRECISIONS]
 
 # ---------------------------------------------------------------------------------
-# Networks. A ReLU follows every layer but the last, which log-softmax follows.
+# Networks. A ReLU follows every layer but the last of the network, which log-softmax
+# follows, and the last of each of a block's two ways.
 
 
 class Conv(NamedTuple):
-    """A convolution of stride 1; ``pool``: with a max pool of 2 x 2 behind its ReLU."""
+    """A convolution.
+
+    ``pool``: with a max pool of 2 x 2 behind its ReLU; ``norm``: with a BatchNorm ahead
+    of it, and without a bias.
+    """
 
     inputs: int
     outputs: int
     size: int
     padding: int = 0
     pool: bool = False
+    stride: int = 1
+    norm: bool = False
+
+
+class Residual(NamedTuple):
+    """What the convolutions of ``body`` and of ``shortcut`` give, added.
+
+    Without a shortcut the block's input is added.
+    """
+
+    body: tuple
+    shortcut: tuple = ()
 
 
 class Linear(NamedTuple):
+    """A linear layer; ``mean``: of the means over all pixels of each channel."""
+
     inputs: int
     outputs: int
+    mean: bool = False
+
+
+def block(inputs, outputs, stride=1):
+    """ResNet's basic block."""
+    body = (
+        Conv(inputs, outputs, 3, 1, stride=stride, norm=True),
+        Conv(outputs, outputs, 3, 1, norm=True),
+    )
+    if inputs == outputs:
+        return Residual(body)
+    return Residual(body, (Conv(inputs, outputs, 1, stride=stride, norm=True),))
 
 
 @dataclass(frozen=True)
@@ -34,9 +68,11 @@ class Network:
 
     Attributes
     ----------
-    layers : tuple of Conv and Linear
+    layers : tuple of Conv, Residual and Linear
     data : {"mnist", "patterns"}
     optimizer : {"rmsprop", "sgd"}
+    rate : float
+        What the learning rate starts at; it falls linearly to 0 over the whole run.
     spread : float
         Weights start uniform in +-sqrt(spread / fan-in): 1 is what PyTorch and cycnn
         do by themselves, 6 is He's for ReLU, without which deep networks start slowly.
@@ -47,6 +83,7 @@ class Network:
     layers: tuple
     data: str = "mnist"
     optimizer: str = "rmsprop"
+    rate: float = 0.003
     spread: float = 1.0
     learned: float = 0.97
 
@@ -68,46 +105,90 @@ NETWORKS = {
             Conv(256, 256, 3, 1, pool=True),
             Linear(1024, 256), Linear(256, 10),
         ),
-        data="patterns", optimizer="sgd", spread=6.0, learned=0.9,
+        # three times this, and some runs fall back to chance
+        data="patterns", optimizer="sgd", rate=0.0025, spread=6.0, learned=0.9,
+    ),
+    "resnet": Network(
+        (
+            Conv(3, 32, 3, 1, norm=True), block(32, 32), block(32, 32),
+            block(32, 64, 2), block(64, 64), block(64, 128, 2), block(128, 128),
+            Linear(128, 10, mean=True),
+        ),
+        data="patterns", optimizer="sgd", rate=0.02, spread=6.0, learned=0.9,
     ),
 }
 
-# What the learning rate starts at; it falls linearly to 0 over the whole run.
-RATE = {"rmsprop": 0.003, "sgd": 0.02}
 ALPHA, EPS, ACCUMULATOR = 0.99, 1e-10, 1e-3  # of RMSprop
 MOMENTUM = 0.9  # of SGD
 DECAY = 1e-4  # L2, of both
 
 
-def build(network, nn):
-    """The network out of the layers of ``torch.nn`` or ``cycnn.nn``."""
-    layers = []
-    for layer in network.layers:
-        if isinstance(layer, Conv):
-            inputs, outputs, size, padding, pool = layer
-            layers += [nn.Conv2d(inputs, outputs, size, padding=padding), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] * pool
-            flat = False
+def build(network, nn, residual):
+    """The network out of the layers of ``torch.nn`` or ``cycnn.nn``.
+
+    ``residual``: the layer that adds a body and a shortcut (None for the input).
+    """
+
+    def made(layers):
+        found, flat = [], False
+        for layer in layers:
+            if isinstance(layer, Conv):
+                found.append(
+                    nn.Conv2d(
+                        layer.inputs, layer.outputs, layer.size, layer.stride,
+                        layer.padding, bias=not layer.norm,
+                    )
+                )
+                found += [nn.BatchNorm2d(layer.outputs)] * layer.norm
+            elif isinstance(layer, Residual):
+                body, shortcut = map(made, layer)
+                found.append(
+                    residual(
+                        nn.Sequential(*body),
+                        nn.Sequential(*shortcut) if shortcut else None,
+                    )
+                )
+            else:
+                found += [nn.AdaptiveAvgPool2d(1)] * layer.mean
+                found += [] if flat else [nn.Flatten()]
+                found.append(nn.Linear(layer.inputs, layer.outputs))
+                flat = True
+            found += [nn.ReLU()] * (layer is not layers[-1])
+            found += [nn.MaxPool2d(2)] * getattr(layer, "pool", False)
+        return found
+
+    return nn.Sequential(*made(network.layers), nn.LogSoftmax(1))
+
+
+def weighted(layers):
+    """The convolutions and linear layers, those of a block's body first."""
+    for layer in layers:
+        if isinstance(layer, Residual):
+            yield from weighted(layer.body + layer.shortcut)
         else:
-            layers += [] if flat else [nn.Flatten()]
-            layers += [nn.Linear(*layer), nn.ReLU()]
-            flat = True
-    return nn.Sequential(*layers[:-1], nn.LogSoftmax(1))
+            yield layer
 
 
 def starting_weights(network) -> list:
-    """Weight, bias, weight, bias, ... as PyTorch lays them out; always the same."""
+    """In PyTorch's order and layouts; always the same.
+
+    Of each layer the weight, then its bias, or its BatchNorm's weight and bias.
+    """
     rng, made = np.random.default_rng(0), []
-    for layer in network.layers:
+    for layer in weighted(network.layers):
         shape = layer.outputs, layer.inputs
         if isinstance(layer, Conv):
             shape += layer.size, layer.size
         fan_in = math.prod(shape[1:])
         bound = (network.spread / fan_in) ** 0.5
-        weight = rng.uniform(-bound, bound, shape).astype(np.float32)
-        bound = fan_in**-0.5
-        bias = rng.uniform(-bound, bound, layer.outputs).astype(np.float32)
-        made += [weight, bias]
+        made.append(rng.uniform(-bound, bound, shape).astype(np.float32))
+        if getattr(layer, "norm", False):
+            made.append(np.ones(layer.outputs, np.float32))
+            made.append(np.zeros(layer.outputs, np.float32))
+        else:
+            bound = fan_in**-0.5
+            bias = rng.uniform(-bound, bound, layer.outputs)
+            made.append(bias.astype(np.float32))
     return made
 
 
@@ -164,8 +245,8 @@ def patterns(count, seed) -> Images:
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]
-    images *= rng.uniform(16, 48, (count, 1, 1, 1)).astype(np.float32)
-    images += rng.standard_normal(images.shape, np.float32) * 32
+    images *= rng.uniform(40, 72, (count, 1, 1, 1)).astype(np.float32)
+    images += rng.standard_normal(images.shape, np.float32) * 24
     return Images(np.clip(images + 128, 0, 255).astype(np.uint8), labels)
 
 
@@ -186,7 +267,8 @@ def load(network, folder, count=None) -> list:
 # Settings
 
 
-_USUAL = ("cycnn-*", "torch-eager-*", "torch-graph-*", "jax-*")
+# an eager epoch takes a second and more, so in all precisions only once
+_USUAL = ("cycnn-*", "torch-eager-tf32", "torch-graph-*", "jax-*")
 
 
 @dataclass(frozen=True)
@@ -233,16 +315,20 @@ def _training(network, batch, epochs, text, **more):
 
 _REFERENCE = "reference network, MNIST"
 _VGG = "VGG-style network, 12,800 images of 3x32x32"
+_RESNET = "ResNet-style network, 12,800 images of 3x32x32"
 SETTINGS = {
     # torch.compile takes half a minute to compile, so only once
     "reference-128": _training(
-        "reference", 128, 5, _REFERENCE, contestants=(*_USUAL, "torch-compile-tf32")
+        "reference", 128, 5, _REFERENCE,
+        contestants=(*_USUAL, "torch-eager-*", "torch-compile-tf32"),
     ),
     "reference-32": _training("reference", 32, 2, _REFERENCE),
     "reference-1024": _training("reference", 1024, 9, _REFERENCE),
     "lenet-128": _training("lenet", 128, 3, "LeNet-5, MNIST"),
     "vgg-128": _training("vgg", 128, 4, _VGG),
     "vgg-512": _training("vgg", 512, 4, _VGG),
+    "resnet-128": _training("resnet", 128, 3, _RESNET),
+    "resnet-512": _training("resnet", 512, 3, _RESNET),
     "predict-10000": Setting(
         "predict", "reference", 10_000,
         f"{_REFERENCE}: scores of 10,000 images, from host array to host array",

@@ -2,17 +2,45 @@
 
 import sys
 
-from networks import PRECISIONS, SETTINGS
+from networks import CONTESTANTS, PRECISIONS, SETTINGS
 
 _COLOURS = {"cycnn": "tab:green", "torch": "tab:orange", "jax": "tab:blue"}
 
 
+def merged(contents):
+    """The results of several runs as those of one.
+
+    Each result then says in ``run`` which of the runs it is from, from 1 on, and
+    ``about`` is a list of what each run was taken on. The figures of a later run
+    replace those of an earlier one.
+    """
+    if len(contents) == 1:
+        return contents[0]
+    found = {name: {} for name in SETTINGS}
+    for number, content in enumerate(contents, 1):
+        for name, results in content["results"].items():
+            for who, result in results.items():
+                found[name][who] = {**result, "run": number}
+    order = {name: i for i, name in enumerate(CONTESTANTS)}
+    return {
+        "about": [content["about"] for content in contents],
+        "results": {
+            name: dict(sorted(results.items(), key=lambda item: order[item[0]]))
+            for name, results in found.items()
+            if results
+        },
+    }
+
+
 def table(content):
     """Everything as text."""
-    lines = [", ".join(f"{key} {value}" for key, value in content["about"].items())]
+    lines = [
+        mark + ", ".join(f"{key} {value}" for key, value in about.items())
+        for mark, about in _runs(content)
+    ]
     for name, results in content["results"].items():
         lines += ["", f"{name}: {SETTINGS[name].text}"]
-        lines += _rows(SETTINGS[name], results)
+        lines += _rows(SETTINGS[name], results, content["about"])
     lines += ["", "x cycnn: time divided by cycnn's in the same precision"]
     finished = [
         result
@@ -25,21 +53,44 @@ def table(content):
     return "\n".join(lines)
 
 
-def _rows(setting, results):
+def _runs(content):
+    """(mark, about) of each run; one alone needs no mark."""
+    about = content["about"]
+    if not isinstance(about, list):
+        return [("", about)]
+    return [(f"[{number}] ", run) for number, run in enumerate(about, 1)]
+
+
+def _mark(result):
+    return f" [{result['run']}]" if "run" in result else ""
+
+
+def _machine(result, about):
+    """What the figure was taken on, whenever that was."""
+    if "run" not in result:
+        return None
+    run = about[result["run"] - 1]
+    return {key: value for key, value in run.items() if key != "date"}
+
+
+def _rows(setting, results, about):
     yield (
         f"{'contestant':<20} {setting.unit:>10} {'spread':>17} {'x cycnn':>8} "
         f"{'accuracy':>9}  version, settings"
     )
     for name, result in results.items():
+        label = name + _mark(result)
         if "error" in result:
-            yield f"{name:<20} {result['error'].splitlines()[0]}"
+            yield f"{label:<20} {result['error'].splitlines()[0]}"
             continue
         times = [setting.scale * seconds for seconds in result["seconds"]]
-        own = results.get(f"cycnn-{_precision(name)}", {}).get("median")
-        ratio = f"{result['median'] / own:.2f}" if own else "-"
+        own = results.get(f"cycnn-{_precision(name)}", {})
+        # times of two machines are not to be divided
+        alike = "median" in own and _machine(own, about) == _machine(result, about)
+        ratio = f"{result['median'] / own['median']:.2f}" if alike else "-"
         accuracy = f"{result['accuracy']:.2%}" + "!" * (not result["learned"])
         yield (
-            f"{name:<20} {_short(setting.scale * result['median']):>10} "
+            f"{label:<20} {_short(setting.scale * result['median']):>10} "
             f"{f'{_short(min(times))}..{_short(max(times))}':>17} {ratio:>8} "
             f"{accuracy:>9}  {result['version']}, {result['settings']}"
         )
@@ -75,7 +126,10 @@ def chart(content, path):
     figure = Figure(
         figsize=(6 * columns, (1 + 0.26 * tallest) * rows), layout="constrained"
     )
-    figure.suptitle(", ".join(map(str, content["about"].values())))
+    titles = (
+        mark + ", ".join(map(str, about.values())) for mark, about in _runs(content)
+    )
+    figure.suptitle("\n".join(titles))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(shown) :]:
         axes.axis("off")
@@ -84,7 +138,7 @@ def chart(content, path):
         order = sorted(results, key=lambda who: PRECISIONS.index(_precision(who)))
         times = [setting.scale * results[who]["median"] for who in order]
         colours = [_COLOURS[who.split("-")[0]] for who in order]
-        bars = axes.barh(order, times, color=colours)
+        bars = axes.barh([w + _mark(results[w]) for w in order], times, color=colours)
         axes.bar_label(bars, map(_short, times), padding=2, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.12)

@@ -47,12 +47,11 @@ class Contestant:
         return history["seconds"], accuracy, f"{self.how}, Trainer.fit, uint8 images"
 
     def trainer(self, setting, network, weights=None):
-        model = networks.build(network, nn).to(self.device)
+        model = networks.build(network, nn, nn.Residual).to(self.device)
         weights = weights or networks.starting_weights(network)
         for parameter, array in zip(model.parameters(), weights, strict=True):
             parameter.data.copy_(array)
-        rate = networks.RATE[network.optimizer]
-        common = {"lr": rate, "weight_decay": networks.DECAY}
+        common = {"lr": network.rate, "weight_decay": networks.DECAY}
         if network.optimizer == "sgd":
             optimizer = optim.SGD(
                 model.parameters(), momentum=networks.MOMENTUM, **common

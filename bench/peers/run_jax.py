@@ -1,6 +1,5 @@
 """JAX: the whole epoch one jitted scan."""
 
-import functools
 import os
 import time
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_NORM_EPS, _NORM_MOMENTUM = 1e-5, 0.1  # PyTorch's and cycnn's defaults
 _MULTIPLY = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
 
 
@@ -64,7 +64,11 @@ class Contestant:
                 mark(f"epoch {number + 1}")
         scores = self.scores(networks.NETWORKS[setting.network])
         test, count = nhwc(parts[1].floats()), len(parts[1].labels)
-        found = [scores(state[0], test[i : i + 1000]) for i in range(0, count, 1000)]
+        parameters, _, statistics, _ = state
+        found = [
+            scores(parameters, statistics, test[i : i + 1000])
+            for i in range(0, count, 1000)
+        ]
         accuracy = (np.concatenate(found).argmax(1) == parts[1].labels).mean()
         settings = f"{self.settings()}, scan over the epoch, donated"
         return seconds, float(accuracy), settings
@@ -77,8 +81,8 @@ class Contestant:
         parameters = to_jax(network, networks.starting_weights(network))
         start = networks.ACCUMULATOR if network.optimizer == "rmsprop" else 0.0
         memory = jax.tree.map(lambda p: jnp.full_like(p, start), parameters)
-        rate = jnp.float32(networks.RATE[network.optimizer])
-        state = parameters, memory, rate
+        rate = jnp.float32(network.rate)
+        state = parameters, memory, starting_statistics(network), rate
         steps = epochs * -(-len(labels) // setting.batch)
         epoch = self.epoch(network, setting.batch, steps)
         epoch = jax.jit(epoch, donate_argnums=0)
@@ -92,59 +96,80 @@ class Contestant:
         """As :meth:`run_cycnn.Contestant.predictor`."""
         network = networks.NETWORKS[setting.network]
         parameters = jax.device_put([
-            tuple(array.astype(self.compute) for array in pair)
-            for pair in to_jax(network, weights)
+            tuple(array.astype(self.compute) for array in arrays)
+            for arrays in to_jax(network, weights)
         ])
+        statistics = starting_statistics(network)
         scores = self.scores(network)
         images = nhwc(images)
         if setting.resident:  # all of them: a slice would be another launch
             images = jax.block_until_ready(jnp.asarray(images, self.compute))
-            return lambda part: jax.block_until_ready(scores(parameters, images)), (
-                self.settings()
-            )
-        return lambda part: np.asarray(scores(parameters, images[part])), (
-            self.settings()
-        )
+            return lambda part: jax.block_until_ready(
+                scores(parameters, statistics, images)
+            ), self.settings()
+        return lambda part: np.asarray(
+            scores(parameters, statistics, images[part])
+        ), self.settings()
 
     # as in run_cycnn
     array = staticmethod(np.asarray)
 
     # what is compiled
 
-    def log_probs(self, network, parameters, x):
-        x = x.astype(self.compute)
-        for layer, (w, b) in zip(network.layers, parameters):
-            w, b = w.astype(self.compute), b.astype(self.compute)
-            if isinstance(layer, networks.Conv):
-                x = lax.conv_general_dilated(
-                    x, w, (1, 1), [(layer.padding, layer.padding)] * 2,
-                    dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.multiply,
-                )
-                x = jax.nn.relu(x + b)
-                x = max_pool(x) if layer.pool else x
-            else:
-                x = jnp.matmul(x.reshape(len(x), -1), w, precision=self.multiply) + b
-                x = jax.nn.relu(x) if layer is not network.layers[-1] else x
-        return jax.nn.log_softmax(x.astype(jnp.float32))
+    def log_probs(self, network, parameters, statistics, x, training=False):
+        """The scores, and what the running statistics are afterwards."""
+        parameters, statistics, after = iter(parameters), iter(statistics), []
+
+        def convolved(layer, x):
+            w, *more = next(parameters)
+            x = lax.conv_general_dilated(
+                x, w.astype(self.compute), (layer.stride,) * 2,
+                [(layer.padding, layer.padding)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.multiply,
+            )
+            if not layer.norm:
+                return x + more[0].astype(self.compute)
+            x, running = batch_norm(x, *more, *next(statistics), training)
+            after.append(running)
+            return x
+
+        def run(layers, x):
+            for layer in layers:
+                if isinstance(layer, networks.Residual):
+                    x = run(layer.body, x) + run(layer.shortcut, x)
+                elif isinstance(layer, networks.Conv):
+                    x = convolved(layer, x)
+                else:
+                    w, b = (p.astype(self.compute) for p in next(parameters))
+                    x = x.mean((1, 2)) if layer.mean else x.reshape(len(x), -1)
+                    x = jnp.matmul(x, w, precision=self.multiply) + b
+                x = jax.nn.relu(x) if layer is not layers[-1] else x
+                x = max_pool(x) if getattr(layer, "pool", False) else x
+            return x
+
+        x = run(network.layers, x.astype(self.compute))
+        return jax.nn.log_softmax(x.astype(jnp.float32)), after
 
     def scores(self, network):
         if network not in self.scorers:
-            self.scorers[network] = jax.jit(functools.partial(self.log_probs, network))
+            self.scorers[network] = jax.jit(
+                lambda *given: self.log_probs(network, *given)[0]
+            )
         return self.scorers[network]
 
     def epoch(self, network, batch, steps):
         """The function that trains an epoch in a run of so many steps."""
         rmsprop = network.optimizer == "rmsprop"
-        fall = networks.RATE[network.optimizer] / steps
+        fall = network.rate / steps
 
-        def loss(parameters, x, y):
-            scores = self.log_probs(network, parameters, x)
-            return -jnp.take_along_axis(scores, y[:, None], 1).mean()
+        def loss(parameters, statistics, x, y):
+            scores, after = self.log_probs(network, parameters, statistics, x, True)
+            return -jnp.take_along_axis(scores, y[:, None], 1).mean(), after
 
         def step(state, index, images, targets):
-            parameters, memory, rate = state
-            value, gradients = jax.value_and_grad(loss)(
-                parameters, images[index], targets[index]
+            parameters, memory, statistics, rate = state
+            (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(
+                parameters, statistics, images[index], targets[index]
             )
             gradients = jax.tree.map(
                 lambda g, p: g + networks.DECAY * p, gradients, parameters
@@ -165,7 +190,7 @@ class Contestant:
             parameters = jax.tree.map(
                 lambda p, u: p - rate * u, parameters, updates
             )
-            return (parameters, memory, rate - fall), value
+            return (parameters, memory, statistics, rate - fall), value
 
         def epoch(state, key, images, targets):
             count = len(targets)
@@ -192,21 +217,48 @@ def max_pool(x):
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 
 
+def batch_norm(x, weight, bias, mean, variance, training):
+    """Normalised x, and the running statistics afterwards; those of float32."""
+    running, wide = (mean, variance), x.astype(jnp.float32)
+    if training:
+        axes = 0, 1, 2
+        mean = wide.mean(axes)
+        # in one pass over x
+        variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
+        count = wide.size // mean.size
+        running = tuple(
+            old + _NORM_MOMENTUM * (new - old)
+            for old, new in zip(running, (mean, variance * (count / (count - 1))))
+        )
+    scale = weight * lax.rsqrt(variance + _NORM_EPS)
+    return ((wide - mean) * scale + bias).astype(x.dtype), running
+
+
+def starting_statistics(network):
+    """[(mean, variance)] of each BatchNorm."""
+    return [
+        (jnp.zeros(layer.outputs), jnp.ones(layer.outputs))
+        for layer in networks.weighted(network.layers)
+        if getattr(layer, "norm", False)
+    ]
+
+
 def nhwc(images):
     return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
 
 
 def to_jax(network, weights):
-    """[(weight, bias)] of each layer in JAX's layouts, from PyTorch's."""
-    made, channels = [], None
-    for layer, w, b in zip(network.layers, weights[::2], weights[1::2]):
+    """The arrays of each layer in JAX's layouts, from PyTorch's."""
+    made, channels, weights = [], None, iter(weights)
+    for layer in networks.weighted(network.layers):
+        w, *more = (next(weights) for _ in range(2 + getattr(layer, "norm", False)))
         if isinstance(layer, networks.Conv):
             w, channels = w.transpose(2, 3, 1, 0), layer.outputs
-        elif channels:  # what it reads was flattened from NCHW, and here from NHWC
+        elif channels and not layer.mean:  # what it reads was flattened from NCHW, and here from NHWC
             side = round((layer.inputs // channels) ** 0.5)
             w = w.reshape(-1, channels, side, side).transpose(2, 3, 1, 0)
             w, channels = w.reshape(layer.inputs, -1), None
         else:
             w = w.T
-        made.append((jnp.asarray(np.ascontiguousarray(w)), jnp.asarray(b)))
+        made.append(tuple(map(jnp.asarray, (np.ascontiguousarray(w), *more))))
     return made

@@ -120,12 +120,12 @@ class Training:
         layout = getattr(torch, layout)
         self.images, self.labels = images.contiguous(memory_format=layout), labels
         self.model = build(network).to(self.device, memory_format=layout)
-        self.start = [weight.detach().clone() for weight in self.model.parameters()]
+        self.start = [value.detach().clone() for value in self.values()]
         self.captured = contestant.kind != "torch-eager"
         self.forward = self.model
         if contestant.kind == "torch-compile":
             self.forward = torch.compile(self.model, dynamic=False)
-        self.rate = networks.RATE[network.optimizer]
+        self.rate = network.rate
         self.fall = self.rate / (epochs * -(-len(labels) // batch))
         self.optimizer = self.make_optimizer()
         self.total = torch.zeros((), device=self.device)
@@ -160,12 +160,17 @@ class Training:
             found += ["step in a graph"]
         return found + ["torch.compile"] * (self.forward is not self.model)
 
+    def values(self):
+        """The weights and the running statistics."""
+        return itertools.chain(self.model.parameters(), self.model.buffers())
+
     def reset(self):
         """Back to the start, in place, since graphs know the places."""
         state = self.optimizer.state
         with torch.no_grad():
-            for weight, value in zip(self.model.parameters(), self.start):
-                weight.copy_(value)
+            for value, start in zip(self.values(), self.start):
+                value.copy_(start)
+            for weight in self.model.parameters():
                 if weight not in state:
                     state[weight] = self.empty_state(weight)
                 for name, start in (
@@ -239,6 +244,7 @@ class Training:
         return time.perf_counter() - start
 
     def accuracy(self, images, labels):
+        self.model.eval()
         with torch.no_grad():
             hits = [
                 (self.model(x).argmax(1) == y).sum().item()
@@ -257,7 +263,8 @@ class Inference:
         dtype = torch.bfloat16 if self.half else torch.float32
         layout = getattr(torch, layout)
         network = networks.NETWORKS[setting.network]
-        self.model = build(network, weights).to(device, dtype, memory_format=layout)
+        self.model = build(network, weights).eval()
+        self.model.to(device, dtype, memory_format=layout)
         self.images = torch.from_numpy(images)
         if self.resident:
             self.images = self.images.to(device, dtype, memory_format=layout)
@@ -324,8 +331,19 @@ def captured(function, before=None):
     return graph
 
 
+class Residual(nn.Module):
+    """What ``body`` gives, added to what ``shortcut`` gives, or to the input."""
+
+    def __init__(self, body, shortcut=None):
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x):
+        return self.body(x) + (x if self.shortcut is None else self.shortcut(x))
+
+
 def build(network, weights=None):
-    model = networks.build(network, nn)
+    model = networks.build(network, nn, Residual)
     weights = weights or networks.starting_weights(network)
     with torch.no_grad():
         for parameter, array in zip(model.parameters(), weights, strict=True):
