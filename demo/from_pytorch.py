@@ -4,15 +4,15 @@
     python demo/from_pytorch.py --device cpu
     python demo/from_pytorch.py --weights net.safetensors        without PyTorch
 
-1. A torch.nn.Sequential learns the digits 0 to 4. Its weights, a safetensors file, load
-   into the same layers of cycnn: names and layouts are equal, and so is the output.
-2. Its body sees the digits 5 to 9, which are new to it; a new last part learns from what
-   it makes of them, with few images. The body stays as it is.
+1. A torch.nn.Sequential learns the digits 0 to 4. Its weights, a safetensors file,
+   load into the same layers of cycnn: names and layouts are equal, so is the output.
+2. Its body sees the digits 5 to 9, which are new to it; a new last part learns from
+   what it makes of them, with few images. The body stays as it is.
 3. All of it learns on together, the body ten times as slowly.
 4. The result loads into PyTorch again, and goes to an ONNX file and back.
 
-Needs PyTorch (pip install torch) to make the weights of step 1, unless --weights names a
-file of them, and for the way back; ONNX needs pip install 'cycnn[onnx]'.
+PyTorch (pip install torch) makes the weights of step 1, unless --weights names a file
+of them; without it the way back is left out. ONNX needs pip install 'cycnn[onnx]'.
 """
 
 import sys

@@ -53,17 +53,17 @@ def test_modern_lenet_on_few_images(digits):
 
 
 def test_lenet_on_real_digits():
-    """Two epochs of 3,000 digits of MNIST."""
+    """One epoch of 4,000 digits of MNIST."""
     folder = os.environ.get("CYCNN_TEST_MNIST") or os.environ.get("CYCNN_DATA")
     try:
         data.mnist(folder, download=False)
     except DataError:
         pytest.skip("MNIST is not on this machine: name its folder with CYCNN_DATA")
-    options = [] if folder is None else ["--data", folder]
-    shown = on_cpu(
-        "lenet", *options, "--images", 3000, "--epochs", 2, "--batch-size", 32
-    )
-    assert float(re.search(r"([\d.]+)% of", shown)[1]) < 12
+    options = ["--images", 4000, "--epochs", 1, "--batch-size", 32]
+    if folder is not None:
+        options += ["--data", folder]
+    shown = on_cpu("lenet", *options)
+    assert float(re.search(r"([\d.]+)% of", shown)[1]) < 20
 
 
 @pytest.fixture(scope="module")
