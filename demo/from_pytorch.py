@@ -77,9 +77,9 @@ def largest_difference(first, second):
     return float(np.abs(np.asarray(first) - np.asarray(second)).max())
 
 
-def arrive(options, torch, old, images):
+def arrive(options, device, torch, old, images):
     """Step 1: the network in cycnn; and that of PyTorch, if it was made here."""
-    model = network(nn)
+    model = network(nn).to(device)
     if options.weights:
         try:
             model.load(options.weights)
@@ -188,7 +188,7 @@ def main(argv=None):
     train, test = common.digits(options)
     (old, new), (old_test, new_test) = parts(train), parts(test)
     images = pixels(new_test[:100])
-    model = arrive(options, torch, old, images).to(device)
+    model = arrive(options, device, torch, old, images)
     right = np.mean(model.predict(pixels(old_test)).argmax(1) == old_test.labels)
     print(f"digits 0 to 4: {right:.2%} right in cycnn")
 
