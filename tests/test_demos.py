@@ -178,9 +178,10 @@ def test_transfer_without_pytorch(digits, tmp_path, no_torch):
 def test_transfer_from_pytorch_and_back(digits, tmp_path):
     pytest.importorskip("torch")
     path = tmp_path / "weights"
-    shown = on_cpu(
-        "from_pytorch", "--data", digits, "--epochs", 3, "--few", 200, "--keep", path
-    )
+    # PyTorch's threads spin while they wait, which is slow where cores are few and busy
+    env = {**demos.environment(), "OMP_WAIT_POLICY": "passive"}
+    arguments = ["--data", digits, "--epochs", 3, "--few", 200, "--keep", path]
+    shown = on_cpu("from_pytorch", *arguments, env=env)
     for where in ("as PyTorch's, up to", "back in PyTorch: the same up to"):
         assert float(re.search(rf"{where} (\S+)", shown)[1]) < 1e-4
     assert float(re.search(r"digits 0 to 4: ([\d.]+)% right", shown)[1]) > 90
@@ -215,6 +216,12 @@ def test_drawn_images():
     pytest.importorskip("PIL")
     shown = on_cpu("image_folder", "--epochs", 1, "--images", 64, "--width", 4)
     assert "3 classes: circle, square, triangle" in shown
+
+
+def test_folder_of_images_without_pillow(tmp_path):
+    (tmp_path / "PIL.py").write_text("raise ImportError('none here')")
+    message = demos.refused("image_folder", env=demos.environment(tmp_path))
+    assert message.endswith("pip install pillow")
 
 
 def test_folder_that_is_none(tmp_path):
