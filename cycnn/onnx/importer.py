@@ -186,6 +186,7 @@ class _Reader:
             self.uses.update(node.inputs)
 
     def sequential(self) -> nn.Sequential:
+        self._name_activations()
         self.takers = {}
         for node in self.nodes:
             for name in node.inputs:
@@ -250,8 +251,7 @@ class _Reader:
             if not takers:
                 return None
             if self.uses[self.current] > 1:
-                if not self._activation():
-                    self._fork(takers)
+                self._fork(takers)
             elif self._joins(takers[0]):
                 return takers[0]
             else:
@@ -276,15 +276,35 @@ class _Reader:
         self.left.remove(node)
         self.current = node.outputs[0]
 
-    def _activation(self) -> bool:
-        """Read a GELU or SiLU that begins at ``current``; False if there is none.
+    def _name_activations(self):
+        """Let one node stand for those in which a GELU or SiLU is written.
 
-        They are written in many ways. So what the next nodes compute of one number is
-        computed here for some numbers, up to each node whose output alone goes on.
+        They are written in many ways. So what the nodes behind a value compute of one
+        number is computed here for some numbers, up to each node whose output alone
+        goes on.
         """
-        start = self.current
+        starts = {
+            name: None
+            for node in self.nodes
+            if node.operator in _OF_ONE_NUMBER
+            for name in node.inputs
+            if self.uses[name] > 1 and name not in self.constants
+        }
+        for start in starts:
+            found = self._activation(start)
+            if found is not None:
+                taken, node = found
+                at = self.nodes.index(taken[-1])
+                self.nodes[at] = node
+                self.nodes = [n for n in self.nodes if n not in taken]
+                for old in taken:
+                    self.uses.subtract(old.inputs)
+                self.uses.update(node.inputs)
+
+    def _activation(self, start):
+        """The nodes of an activation that begins at a value, and the one for them."""
         values, taken, inside = {start: _SAMPLES}, [], Counter()
-        for node in self.left:
+        for node in self.nodes:
             compute = _OF_ONE_NUMBER.get(node.operator)
             if compute is None or not any(name in values for name in node.inputs):
                 continue
@@ -294,17 +314,17 @@ class _Reader:
             (end,) = node.outputs
             taken.append(node)
             inside.update(node.inputs)
-            if all(inside[name] == self.uses[name] for name in values):
-                layer = _activation_of(compute(*given))
-                if layer is not None:
-                    self.layers.append(layer)
-                    self.left = [n for n in self.left if n not in taken]
-                    self.current = end
-                    return True
+            made = compute(*given)
+            if all(inside[n] == self.uses[n] for n in values if n != start):
+                for operator, settings, wanted in _activations():
+                    if np.allclose(made, wanted, rtol=1e-6, atol=1e-6):
+                        make = self.onnx.helper.make_node
+                        proto = make(operator, [start], [end], node.name, **settings)
+                        return taken, _Node(self.onnx, proto)
             if len(taken) == _LONGEST_ACTIVATION:
                 break
-            values[end] = compute(*given)
-        return False
+            values[end] = made
+        return None
 
     def _number(self, name):
         """A constant that is one number; None for any other value."""
@@ -566,14 +586,18 @@ class _Reader:
             total = reach - stride[axis] + more[axis]  # for stride times the size
             if wanted is not None:
                 total += stride[axis] * self.shape[2 + axis] - wanted[axis - 2]
-            if total < 0:
+            if total < 0 and wanted is None:
                 raise node.refused(
-                    "its output is larger than its filters reach: give output_padding"
+                    f"auto_pad is {auto}, but its filters do not reach from one row to "
+                    f"the next: give output_shape"
                 )
-            before, after = total // 2, total - total // 2
-            if auto != "SAME_UPPER":
-                before, after = after, before
-            found.append((before, after))
+            half = total // 2
+            if total < 0:  # rows that no filter reaches, all at the end
+                found.append((0, total))
+            elif auto == "SAME_UPPER":
+                found.append((half, total - half))
+            else:
+                found.append((total - half, half))
         return found
 
     def _pad(self, node):
@@ -755,7 +779,8 @@ class _Reader:
             raise node.refused(
                 "ceil_mode adds windows, which is not supported with count_include_pad"
             )
-        if counts and any(before != after for before, after in pads):
+        uneven = any(before != after for before, after in pads)
+        if counts and (uneven or any(2 * p[0] > k for p, k in zip(pads, kernel))):
             (top, bottom), (left, right) = pads
             self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
             pads = [(0, 0), (0, 0)]
@@ -862,6 +887,7 @@ _OPERATORS = {
     "Reshape": _Reader._reshape,
     "Sigmoid": _layer(lambda node: nn.Sigmoid()),
     "Softmax": lambda reader, node: reader._softmax(node, nn.Softmax),
+    "Swish": _layer(lambda node: nn.SiLU()),
     "Tanh": _layer(lambda node: nn.Tanh()),
     **dict.fromkeys(
         ("Div", "Erf", "Exp", "Mul", "Neg", "Pow", "Sub"), _Reader._part_of_activation
@@ -885,16 +911,12 @@ _SAMPLES = np.linspace(-8, 8, 65)
 _LONGEST_ACTIVATION = 16  # nodes
 
 
-def _activation_of(y):
-    """The layer that makes ``y`` of the samples, or None."""
-    for layer, forward in (
-        (nn.SiLU(), reference.silu_forward),
-        (nn.GELU(), lambda x: reference.gelu_forward(x, "none")),
-        (nn.GELU("tanh"), lambda x: reference.gelu_forward(x, "tanh")),
-    ):
-        if np.allclose(y, forward(_SAMPLES), rtol=1e-6, atol=1e-6):
-            return layer
-    return None
+def _activations():
+    """Operator, attributes, and what it makes of the samples."""
+    yield "Swish", {}, reference.silu_forward(_SAMPLES)
+    for kind in ("none", "tanh"):
+        made = reference.gelu_forward(_SAMPLES, kind)
+        yield "Gelu", {"approximate": kind}, made
 
 
 # what is computed where all inputs are constants, of so many numbers at most
