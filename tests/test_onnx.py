@@ -458,8 +458,10 @@ def normalised(front="x w b", statistics=STATISTICS, opset=17, **attributes):
 
 @pytest.mark.parametrize("opset", [9, 14, 15, 22])
 def test_batch_normalization(opset):
-    check(normalised(opset=opset), IMAGE, "Conv2d")
-    check(normalised("x w", opset=opset, epsilon=0.1, momentum=0.5), IMAGE, "Conv2d")
+    check(normalised(opset=opset), IMAGE, "Conv2d BatchNorm2d")
+    proto = normalised("x w", opset=opset, epsilon=0.1, momentum=0.75)
+    norm = check(proto, IMAGE, "Conv2d BatchNorm2d")[1]
+    assert (norm.eps, norm.momentum) == (0.1, 0.25)
     nodes = [
         node("MatMul", "x v", "a"),
         node("BatchNormalization", "a s s s s", "b"),
@@ -478,7 +480,9 @@ def test_batch_normalization_refused():
     three = STATISTICS | {"mean": np.ones(3, "f")}
     refuse(normalised(statistics=three), what, "'mean' has shape (3,)")
     proto = graph([node("BatchNormalization", "x s s s s")], {"s": C[:1]})
-    refuse(proto, what, "behind Conv")
+    refuse(proto, what, "a variance is negative")
+    rows = graph([node("BatchNormalization", "x s s s s")], {"s": V[:, 0]}, ("N", 36))
+    refuse(rows, what, "behind Gemm and MatMul only")
     outputs = node("BatchNormalization", "a b b b b", "y m v sm sv")
     nodes = [node("Conv", "x w", "a"), outputs]
     refuse(graph(nodes, {"w": W, "b": B}, opset=9), what, "output 'm'")
@@ -646,16 +650,16 @@ def test_other_kinds_of_tensors():
 
 def test_unsupported_operators_are_all_named():
     nodes = [
-        node("Softmax", "x", "a"),
+        node("Softplus", "x", "a"),
         helper.make_node("Relu", ["a"], ["b"], domain="own"),
-        helper.make_node("Tanh", ["b"], ["y"]),
+        helper.make_node("Elu", ["b"], ["y"]),
     ]
     refuse(
         graph(nodes),
-        "node 'the Softmax' (Softmax), node 'b' (own.Relu), node 'y' (Tanh), but for",
-        "BatchNormalization, Constant, Conv",
+        "node 'the Softplus' (Softplus), node 'b' (own.Relu), node 'y' (Elu), but for",
+        "BatchNormalization, Clip, Constant, Conv",
     )
-    many = [node("Tanh", f"x{i or ''}", f"x{i + 1}") for i in range(11)]
+    many = [node("Elu", f"x{i or ''}", f"x{i + 1}") for i in range(11)]
     refuse(graph([*many, node("Relu", "x11")]), "and 3 more")
 
 

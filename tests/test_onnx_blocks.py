@@ -138,13 +138,27 @@ def transposed(**attributes):
 def test_conv_transpose():
     check(transposed(), IMAGE, "ConvTranspose2d")
     check(transposed(kernel_shape=[3, 2], strides=[2, 3], pads=[1, 0, 1, 0]), IMAGE)
-    # uneven padding, as far as output_padding can stand for it
+    # uneven padding, by output_padding or zeros in the filter
     check(transposed(strides=[2, 2], pads=[1, 1, 0, 0]), IMAGE)
     check(transposed(strides=[3, 3], pads=[1, 0, 2, 1], output_padding=[2, 1]), IMAGE)
-    refuse(transposed(strides=[2, 2], pads=[0, 0, 1, 0]), "come to [-1, 0]")
-    refuse(transposed(pads=[1, 0, 0, 0]), "less than the stride")
-    refuse(transposed(auto_pad="SAME_UPPER"), "auto_pad are not supported")
-    refuse(transposed(output_shape=[8, 8]), "output_shape and auto_pad")
+    check(transposed(strides=[2, 2], pads=[0, 0, 1, 0]), IMAGE)
+    check(transposed(pads=[1, 0, 0, 0]), IMAGE)
+    for auto in ("SAME_UPPER", "SAME_LOWER", "VALID"):
+        check(transposed(auto_pad=auto, strides=[2, 1]), IMAGE, "ConvTranspose2d")
+    refuse(transposed(auto_pad="SAME_UPPER", strides=[4, 4]), "do not reach")
+    refuse(transposed(pads=[0, 0, 9, 0]), "too uneven, 0 and 9")
+    refuse(transposed(pads=[0, 0, 1, 0], dilations=[2, 1]), "too uneven, 0 and 1")
+    # of six rows in steps of two
+    for wanted in ([13, 13], [12, 12], [11, 10], [10, 11]):
+        for auto in ("SAME_UPPER", "NOTSET"):
+            own = {"output_shape": wanted, "auto_pad": auto, "strides": [2, 2]}
+            if wanted[1] == 13:
+                own |= {"output_padding": [0, 1]}
+            check(transposed(**own), IMAGE, "ConvTranspose2d")
+    check(transposed(output_shape=[12, 13], strides=[2, 2]), IMAGE)
+    proto = transposed(output_shape=[8, 7])
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
+    refuse(proto, "which the file leaves open")
     refuse(transposed(kernel_shape=[3, 3]), "kernel_shape differs")
     refuse(transposed(group=2), "groups=2 does not divide")
 
@@ -158,12 +172,13 @@ def test_conv_transpose():
             "dilations": st.lists(st.integers(1, 3), min_size=2, max_size=2),
             "pads": st.lists(st.integers(0, 2), min_size=4, max_size=4),
             "output_padding": st.lists(st.integers(0, 2), min_size=2, max_size=2),
-            "auto_pad": st.sampled_from(["NOTSET", "VALID"]),
+            "auto_pad": st.sampled_from(["NOTSET", "VALID", "SAME_UPPER"]),
+            "output_shape": st.lists(st.integers(4, 20), min_size=2, max_size=2),
         },
     )
 )
 def test_conv_transpose_of_any_window(attributes):
-    if attributes.get("auto_pad") == "VALID":
+    if attributes.get("auto_pad", "NOTSET") != "NOTSET":
         attributes.pop("pads", None)
     equal_or_refused(transposed(**attributes), IMAGE)
 

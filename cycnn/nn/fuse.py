@@ -19,26 +19,18 @@ from ..ops.fused import ConvBlock, Gather, Tail
 from ..precision import get_precision
 from ..tensor import empty
 from .activation import (
-    GELU,
-    LeakyReLU,
     LogSoftmax,
     ReLU,
-    Sigmoid,
-    SiLU,
-    Softmax,
-    Tanh,
 )
 from .blocks import Concat, Residual
 from .conv import Conv2d
-from .conv_transpose import ConvTranspose2d
-from .dropout import Dropout
 from .layer import Layer, as_gradient, as_input
 from .linear import Linear
 from .loss import NLLLoss
-from .normalisation import BatchNorm2d, LayerNorm
-from .padding import ZeroPad2d
+from .normalisation import BatchNorm2d
+from .output_shape import output_shape
 from .parameter import Parameter
-from .pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from .pooling import MaxPool2d
 from .reshape import Flatten
 from .sequential import Sequential
 
@@ -262,7 +254,9 @@ class _Run(Layer):
             self._saved = None
             return x
         bias = parameters[1]
-        return self._fused_forward(x, parameters[0], None if bias is None else bias.data)
+        return self._fused_forward(
+            x, parameters[0], None if bias is None else bias.data
+        )
 
     def backward(self, dy, input_grad=True, accumulate=False):
         if self._saved is None:
@@ -1115,50 +1109,15 @@ def forward_kernels(layers, x_shape, machine, precision) -> list:
     return list(dict.fromkeys(found))
 
 
-# layers whose output has the shape of their input
-_OF_SAME_SHAPE = (
-    BatchNorm2d, Dropout, GELU, LayerNorm, LeakyReLU, LogSoftmax, ReLU, Sigmoid, SiLU,
-    Softmax, Tanh,
-)  # fmt: skip
-
-
 def _output_shape(layer, shape):
-    """The shape of a layer's output; None where it is not one of the library's own."""
-    kind = type(layer)
-    if isinstance(layer, _Run):
-        for part in layer.parts:
-            shape = _output_shape(part, shape)
-        return shape
-    if isinstance(layer, FusedSequential):
-        for part in layer:
-            shape = None if shape is None else _output_shape(part, shape)
-        return shape
+    """As :func:`output_shape`, of fused layers as well."""
     if isinstance(layer, _Block):
         return layer.output_shape(shape)
-    if kind is Conv2d:
-        return shapes.conv2d_output_shape(
-            shape,
-            layer.weight.shape,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-        )
-    if kind is ConvTranspose2d:
-        return layer.output_shape(shape)
-    if kind is Linear:
-        return shapes.linear_output_shape(shape, layer.weight.shape)
-    if kind in (MaxPool2d, AvgPool2d):
-        return shapes.pool2d_output_shape(
-            shape, layer.kernel_size, layer.stride, layer.padding
-        )
-    if kind is AdaptiveAvgPool2d:
-        return shapes.global_pool2d_output_shape(shape)
-    if kind is ZeroPad2d:
-        return shapes.zero_pad2d_output_shape(shape, layer.padding)
-    if kind is Flatten:
-        return shape[0], math.prod(shape[1:])
-    return shape if kind in _OF_SAME_SHAPE else None
+    if not isinstance(layer, (_Run, FusedSequential)):
+        return output_shape(layer, shape)
+    for part in layer.parts if isinstance(layer, _Run) else layer:
+        shape = None if shape is None else _output_shape(part, shape)
+    return shape
 
 
 def _is_head(layers) -> bool:

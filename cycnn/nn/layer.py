@@ -272,9 +272,14 @@ class Layer:
     def save(self, path) -> None:
         """Write parameters and buffers to a safetensors file, as PyTorch users read it.
 
-        The file appears whole or not at all.
+        A count is written as int64, which PyTorch has. The file appears whole or not at
+        all.
         """
-        weights.write(path, self.state_dict())
+        state = self.state_dict()
+        for name, array in state.items():
+            if array.dtype.kind == "i":
+                state[name] = array.astype(np.int64)
+        weights.write(path, state)
 
     def load(self, path) -> None:
         """Read parameters and buffers that :meth:`save`, or another library, wrote.

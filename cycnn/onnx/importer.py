@@ -10,13 +10,15 @@ import numpy as np
 
 from .. import nn
 from ..errors import DataError
-from .common import onnx_package, output_shape
+from ..nn.output_shape import output_shape
+from ..ops import reference
+from .common import onnx_package
 
 _OPSETS = range(9, 23)
 
 
 def load(source) -> nn.Sequential:
-    """Read a network from an ONNX file, to use it or to train it on.
+    """Read a network from an ONNX file, to use it or, after ``train()``, to train it on.
 
     Parameters
     ----------
@@ -26,8 +28,8 @@ def load(source) -> nn.Sequential:
     Returns
     -------
     Sequential
-        On the default device. Its output is that of the file, for batches of any size
-        even where the file has a fixed one.
+        On the default device, in evaluation mode. Its output is that of the file, for
+        batches of any size even where the file has a fixed one.
 
     Raises
     ------
@@ -45,15 +47,22 @@ def load(source) -> nn.Sequential:
     joins: Add, for a Residual of two branches, or Concat along the channels. Of these
     operators, all in float32:
 
-    - Conv and ConvTranspose (two-dimensional), Pad by zeros, MaxPool, Relu, Sigmoid,
-      LogSoftmax, Flatten, and Reshape where it does what Flatten does;
-    - Gemm, MatMul by a constant, and Add of a constant behind these or a Conv;
-    - BatchNormalization behind Conv, Gemm or MatMul, with whose weights it is merged;
+    - Conv and ConvTranspose (two-dimensional), Pad by zeros, MaxPool, AveragePool,
+      GlobalAveragePool, Relu, LeakyRelu, Sigmoid, Tanh, Softmax, LogSoftmax, Gelu,
+      LayerNormalization, Flatten, and Reshape where it does what Flatten does;
+    - Gemm, MatMul by a constant, and Add of a constant behind these, a Conv, a
+      ConvTranspose or a BatchNormalization;
+    - BatchNormalization of images, and behind Gemm or MatMul, with whose weights it is
+      merged;
+    - GELU and SiLU where they are written in simpler operators, such as Erf;
+    - Clip from 0 on, which is Relu;
     - Identity, Constant, and Dropout, which does nothing in a network that is used;
     - what rearranges a few constants, such as those of a Pad that PyTorch exported.
 
-    Padding that is not the same on both sides is read where the same on both sides
-    gives the same output, and for Conv also by zeros on one side of the filter.
+    Padding that is not the same on both sides, such as that of auto_pad, is read where
+    the same on both sides gives the same output; for Conv and ConvTranspose also by
+    zeros on one side of the filter; and for AveragePool by a ZeroPad2d if
+    count_include_pad is set.
     """
     onnx = onnx_package()
     from google.protobuf.message import DecodeError
@@ -113,6 +122,8 @@ class _Reader:
         Name of the value that the last of these nodes gives.
     shape : tuple or None
         Its shape with 1 for N; None where the file leaves sizes open.
+    axes : int or None
+        How many axes the value in front of ``layers`` has, where that is known.
     batch : int or None
         N, where the file fixes it.
     constants : dict of str to ndarray
@@ -166,6 +177,7 @@ class _Reader:
         # 0 for a size that is open or has a name
         sizes = [size.dim_value for size in kind.shape.dim]
         self.batch = sizes[0] if sizes and sizes[0] > 0 else None
+        self.axes = len(sizes) or None
         known = len(sizes) > 1 and min(sizes[1:]) > 0
         self.shape = (1, *sizes[1:]) if known else None
         self.current, self.output = inputs[0].name, graph.output[0].name
@@ -174,6 +186,7 @@ class _Reader:
             self.uses.update(node.inputs)
 
     def sequential(self) -> nn.Sequential:
+        self._name_activations()
         self.takers = {}
         for node in self.nodes:
             for name in node.inputs:
@@ -191,7 +204,7 @@ class _Reader:
             )
         if self.left:
             raise self._no_chain(self.left[0])
-        return nn.Sequential(*self.layers)
+        return nn.Sequential(*self.layers).eval()
 
     def _is_constant(self, node) -> bool:
         """Whether the node gives a constant, which is then known."""
@@ -250,8 +263,9 @@ class _Reader:
         count = len(self.layers)
         try:
             _OPERATORS[node.operator](self, node)
-            if self.shape is not None and len(self.layers) > count:
-                self.shape = output_shape(self.layers[-1], self.shape)
+            for layer in self.layers[count:]:
+                if self.shape is not None:
+                    self.shape = output_shape(layer, self.shape)
         except DataError:
             raise
         except (ValueError, TypeError) as error:  # from the layer
@@ -262,6 +276,68 @@ class _Reader:
         self.left.remove(node)
         self.current = node.outputs[0]
 
+    def _name_activations(self):
+        """Let one node stand for those in which a GELU or SiLU is written.
+
+        They are written in many ways. So what the nodes behind a value compute of one
+        number is computed here for some numbers, up to each node whose output alone
+        goes on.
+        """
+        starts = {
+            name: None
+            for node in self.nodes
+            if node.operator in _OF_ONE_NUMBER
+            for name in node.inputs
+            if self.uses[name] > 1 and name not in self.constants
+        }
+        for start in starts:
+            found = self._activation(start)
+            if found is not None:
+                taken, node = found
+                at = self.nodes.index(taken[-1])
+                self.nodes[at] = node
+                self.nodes = [n for n in self.nodes if n not in taken]
+                for old in taken:
+                    self.uses.subtract(old.inputs)
+                self.uses.update(node.inputs)
+
+    def _activation(self, start):
+        """The nodes of an activation that begins at a value, and the one for them."""
+        values, taken, inside = {start: _SAMPLES}, [], Counter()
+        for node in self.nodes:
+            compute = _OF_ONE_NUMBER.get(node.operator)
+            if compute is None or not any(name in values for name in node.inputs):
+                continue
+            given = [values.get(name, self._number(name)) for name in node.inputs]
+            if any(value is None for value in given):
+                continue
+            (end,) = node.outputs
+            taken.append(node)
+            inside.update(node.inputs)
+            made = compute(*given)
+            if all(inside[n] == self.uses[n] for n in values if n != start):
+                for operator, settings, wanted in _activations():
+                    if np.allclose(made, wanted, rtol=1e-6, atol=1e-6):
+                        make = self.onnx.helper.make_node
+                        proto = make(operator, [start], [end], node.name, **settings)
+                        return taken, _Node(self.onnx, proto)
+            if len(taken) == _LONGEST_ACTIVATION:
+                break
+            values[end] = made
+        return None
+
+    def _number(self, name):
+        """A constant that is one number; None for any other value."""
+        array = self.constants.get(name)
+        if (
+            array is None
+            or array.size != 1
+            or array.ndim > 1
+            or array.dtype.kind != "f"
+        ):
+            return None
+        return array.astype(np.float64).reshape(())
+
     def _joins(self, node) -> bool:
         if node.operator == "Concat":
             return True
@@ -271,6 +347,8 @@ class _Reader:
     def _fork(self, takers):
         """Read the branches behind ``current``, and the node that joins them."""
         start, shape, before = self.current, self.shape, self.layers
+        outer, axes = self.axes, self._axes()
+        self.axes = axes
         if self.uses[start] != len(takers):  # it is the output, too
             raise self._no_chain(takers[0])
         ends = []  # of branches: (joined by, value, layers)
@@ -293,7 +371,7 @@ class _Reader:
                 raise node.refused(error) from None
             self._pass(node)
             if not ends:
-                self.layers = [*before, block]
+                self.layers, self.axes = [*before, block], outer
                 return
             # a block that is the first of a longer branch
             self.layers = [block]
@@ -392,12 +470,13 @@ class _Reader:
             )
         return array
 
-    def _channels(self, node, position, layer):
-        """An input that has one number for each channel of the output of ``layer``."""
-        array, count = self._weight(node, position), layer.weight.shape[0]
-        shape = (1, count, 1, 1) if isinstance(layer, nn.Conv2d) else (1, count)
-        if node.operator == "BatchNormalization":
-            shape = (count,)
+    def _channels(self, node, position, count, shape=(1, -1)):
+        """An input that has one number for each of ``count`` channels.
+
+        It is broadcast to ``shape``, in which -1 stands for the channels.
+        """
+        array = self._weight(node, position)
+        shape = tuple(count if size == -1 else size for size in shape)
         try:
             return np.broadcast_to(array, shape).reshape(count)
         except ValueError:
@@ -442,36 +521,39 @@ class _Reader:
             raise node.refused(f"kernel_shape differs from its weight, {weight.shape}")
         stride, dilation = node("strides", [1, 1]), node("dilations", [1, 1])
         pads, more = node("pads", [0] * 4), list(node("output_padding", [0, 0]))
-        groups, auto = node("group", 1), node("auto_pad", b"NOTSET").decode()
+        groups = node("group", 1)
         if not len(stride) == len(dilation) == len(more) == len(pads) / 2 == 2:
             raise node.refused("only images of two dimensions are supported")
         numbers = *stride, *dilation, *kernel, groups
         if min(numbers) < 1 or min(*pads, *more) < 0 or max(*numbers, *pads) >= 2**31:
             raise node.refused("a number in its attributes is out of range")
-        wanted = node("output_shape")
-        if wanted is not None or auto not in ("NOTSET", "VALID"):
-            raise node.refused(
-                "output_shape and auto_pad are not supported: give pads and "
-                "output_padding"
-            )
         padding = []
-        for axis in range(2):
-            before, after = pads[axis], pads[2 + axis]
-            if auto == "VALID":
-                before = after = 0
-            # what is not cut off behind is as many more
-            more[axis] += before - after
+        for axis, (before, after) in enumerate(
+            self._cut(node, kernel, stride, dilation, pads, more)
+        ):
+            # Rows that the end has more than with ``before`` cut off on both sides.
+            # Where output_padding cannot stand for them, zeros at one end of the filter
+            # make the whole larger there.
+            rest = before - after + more[axis]
+            more[axis] = 0
+            if 0 <= rest < stride[axis]:
+                more[axis] = rest
+            else:
+                taps, odd = divmod(abs(rest), dilation[axis])
+                if odd or taps > weight.shape[2 + axis]:
+                    raise node.refused(
+                        f"its padding is too uneven, {before} and {after}"
+                    )
+                zeros = [(0, 0)] * 4
+                zeros[2 + axis] = (taps, 0) if rest < 0 else (0, taps)
+                weight = np.pad(weight, zeros)
+                before += max(-rest, 0)
             padding.append(before)
-        if any(not 0 <= m < s for m, s in zip(more, stride)):
-            raise node.refused(
-                f"pads {list(pads)} and output_padding come to {more} more rows and "
-                f"columns at the end: expected 0 or more, less than the stride"
-            )
         bias = self._weight(node, 2, optional=True)
         layer = nn.ConvTranspose2d(
             weight.shape[0],
             weight.shape[1] * groups,
-            kernel,
+            weight.shape[2:],
             stride,
             padding,
             more,
@@ -480,6 +562,43 @@ class _Reader:
             dilation,
         )
         self.layers.append(_filled(layer, weight, bias))
+
+    def _cut(self, node, kernel, stride, dilation, pads, more) -> list:
+        """Rows and columns (before, after) that a ConvTranspose cuts off."""
+        auto = node("auto_pad", b"NOTSET").decode()
+        if auto not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+            raise node.refused(f"auto_pad is {auto!r}")
+        wanted = node("output_shape")
+        if wanted is None and auto == "NOTSET":
+            return list(zip(pads[:2], pads[2:]))
+        if wanted is None and auto == "VALID":
+            return [(0, 0), (0, 0)]
+        if wanted is not None and len(wanted) not in (2, 4):
+            raise node.refused(f"output_shape is {list(wanted)}, expected two sizes")
+        if wanted is not None and self.shape is None:
+            raise node.refused(
+                "output_shape depends on the size of the image, which the file leaves "
+                "open"
+            )
+        found = []
+        for axis in range(2):
+            reach = dilation[axis] * (kernel[axis] - 1) + 1
+            total = reach - stride[axis] + more[axis]  # for stride times the size
+            if wanted is not None:
+                total += stride[axis] * self.shape[2 + axis] - wanted[axis - 2]
+            if total < 0 and wanted is None:
+                raise node.refused(
+                    f"auto_pad is {auto}, but its filters do not reach from one row to "
+                    f"the next: give output_shape"
+                )
+            half = total // 2
+            if total < 0:  # rows that no filter reaches, all at the end
+                found.append((0, total))
+            elif auto == "SAME_UPPER":
+                found.append((half, total - half))
+            else:
+                found.append((total - half, half))
+        return found
 
     def _pad(self, node):
         if node("mode", b"constant") != b"constant":
@@ -518,43 +637,91 @@ class _Reader:
         bias = self._weight(node, 2, optional=True)
         layer = nn.Linear(*reversed(weight.shape), bias=bias is not None)
         if bias is not None:
-            bias = self._channels(node, 2, layer) * np.float32(node("beta", 1.0))
+            bias = self._channels(node, 2, layer.out_features)
+            bias = bias * np.float32(node("beta", 1.0))
         weight = weight * np.float32(node("alpha", 1.0))
         self.layers.append(_filled(layer, weight, bias))
 
     def _add(self, node):
-        layer = self._last(node)
-        added = self._channels(node, 1, layer)
+        layer = self.layers[-1] if self.layers else None
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            added = self._channels(node, 1, layer.out_channels, (1, -1, 1, 1))
+        elif isinstance(layer, nn.BatchNorm2d):
+            added = self._channels(node, 1, layer.num_features, (1, -1, 1, 1))
+        elif isinstance(layer, nn.Linear):
+            added = self._channels(node, 1, layer.out_features)
+        else:
+            raise node.refused(
+                "of a constant is supported behind Conv, ConvTranspose, Gemm, MatMul "
+                "and BatchNormalization only"
+            )
         bias = added if layer.bias is None else layer.bias.data.numpy() + added
-        self.layers[-1] = _filled(_with_bias(layer), layer.weight.data.numpy(), bias)
+        _filled(_with_bias(layer), layer.weight.data.numpy(), bias)
 
     def _batch_normalization(self, node):
-        """y = gamma (x - mean) / sqrt(variance + epsilon) + beta, in float64."""
+        """y = gamma (x - mean) / sqrt(variance + epsilon) + beta."""
         if node("training_mode", 0):
             raise node.refused("training_mode is set: export the network for inference")
-        layer = self._last(node)
+        last = self.layers[-1] if self.layers else None
+        images = self._axes() == 4
+        if not images and not isinstance(last, nn.Linear):
+            raise node.refused(
+                "is supported for images (N, C, H, W), and behind Gemm and MatMul only"
+            )
+        if images:
+            count = self.shape[1] if self.shape else self._weight(node, 1).size
+        else:
+            count = last.out_features
         gamma, beta, mean, variance = (
-            self._channels(node, i, layer).astype(np.float64) for i in range(1, 5)
+            self._channels(node, i, count, (-1,)) for i in range(1, 5)
         )
-        variance += node("epsilon", 1e-5)
-        if not (variance > 0).all():
+        epsilon = _decimal(node("epsilon", 1e-5))
+        if not (variance.astype(np.float64) + epsilon > 0).all():
             raise node.refused("a variance is negative or no number")
-        scale = gamma / np.sqrt(variance)
-        weight = layer.weight.data.numpy()
-        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-        bias = 0 if layer.bias is None else layer.bias.data.numpy()
-        bias = scale * (bias - mean) + beta
-        self.layers[-1] = _filled(_with_bias(layer), weight, bias)
+        if images:
+            momentum = round(1 - node("momentum", 0.9), 7)
+            layer = nn.BatchNorm2d(count, epsilon, momentum)
+            layer.running_mean.data.copy_(mean)
+            layer.running_var.data.copy_(variance)
+            self.layers.append(_filled(layer, gamma, beta))
+            return
+        scale = gamma / np.sqrt(variance.astype(np.float64) + epsilon)
+        weight = last.weight.data.numpy() * scale[:, None]
+        bias = 0 if last.bias is None else last.bias.data.numpy()
+        bias = scale * (bias - mean.astype(np.float64)) + beta
+        _filled(_with_bias(last), weight, bias)
 
-    def _last(self, node):
-        layer = self.layers[-1] if self.layers else None
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            raise node.refused("is supported behind Conv, Gemm and MatMul only")
-        return layer
+    def _layer_normalization(self, node):
+        axis, axes = node("axis", -1), self._axes()
+        count = -axis if axis < 0 else (axes or 0) - axis
+        if axes is None and axis >= 0 or not 0 < count < (axes or count + 1):
+            raise node.refused(
+                f"axis is {axis} of {axes or 'unknown many'} axes: only the last ones, "
+                f"without the first, N, can be normalised"
+            )
+        scale = self._weight(node, 1)
+        sizes = self.shape[-count:] if self.shape else scale.shape
+        given = [scale, self._weight(node, 2, optional=True)]
+        try:
+            if len(sizes) != count:
+                raise ValueError
+            scale, bias = (a if a is None else np.broadcast_to(a, sizes) for a in given)
+        except ValueError:
+            raise node.refused(
+                f"its scale has shape {scale.shape}, expected that of the last {count} "
+                f"axes"
+            ) from None
+        epsilon = _decimal(node("epsilon", 1e-5))
+        layer = nn.LayerNorm(sizes, epsilon, bias=bias is not None)
+        self.layers.append(_filled(layer, scale, bias))
+
+    def _axes(self):
+        """How many axes ``current`` has, or None."""
+        return len(self.shape) if self.shape else _axes_behind(self.layers, self.axes)
 
     # windows
 
-    def _windows(self, node, kernel) -> tuple:
+    def _windows(self, node, kernel, ceil_mode=False) -> tuple:
         """Stride, dilation and, for height and width, padding (before, after).
 
         The two are equal where that gives the same output.
@@ -586,8 +753,11 @@ class _Reader:
                 before, after = total // 2, total - total // 2
                 if auto == "SAME_LOWER":
                     before, after = after, before
-            if node("ceil_mode", 0):
+            if ceil_mode:
                 after += step - 1
+                if size is not None:  # no window begins behind the image
+                    last = (size + before - 1) // step * step
+                    after = min(after, last + reach - size - before)
             if size is not None:
                 room = size + before - reach
                 if (room + before) // step == (room + after) // step:
@@ -597,25 +767,55 @@ class _Reader:
 
     def _max_pool(self, node):
         kernel = node("kernel_shape")
-        stride, dilation, pads = self._windows(node, kernel)
-        if set(dilation) != {1}:
+        stride, _, pads = self._pool_windows(node, kernel)
+        padding = self._even(node, pads)
+        self.layers.append(nn.MaxPool2d(kernel, stride, padding))
+
+    def _average_pool(self, node):
+        kernel, counts = node("kernel_shape"), bool(node("count_include_pad", 0))
+        stride, _, pads = self._pool_windows(node, kernel)
+        # what only ceil_mode adds does not count
+        if counts and node("ceil_mode", 0) and pads != self._windows(node, kernel)[2]:
+            raise node.refused(
+                "ceil_mode adds windows, which is not supported with count_include_pad"
+            )
+        uneven = any(before != after for before, after in pads)
+        if counts and (uneven or any(2 * p[0] > k for p, k in zip(pads, kernel))):
+            (top, bottom), (left, right) = pads
+            self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
+            pads = [(0, 0), (0, 0)]
+        padding = self._even(node, pads)
+        self.layers.append(
+            nn.AvgPool2d(kernel, stride, padding, count_include_pad=counts)
+        )
+
+    def _pool_windows(self, node, kernel) -> tuple:
+        found = self._windows(node, kernel, node("ceil_mode", 0))
+        if set(found[1]) != {1}:
             raise node.refused("only dilations of 1 are supported")
+        return found
+
+    def _even(self, node, pads) -> list:
         if any(before != after for before, after in pads):
             raise node.refused(
                 f"its padding on the two sides, {pads} with what auto_pad or ceil_mode "
                 f"add, must be the same or give the same"
             )
-        self.layers.append(nn.MaxPool2d(kernel, stride, [pair[0] for pair in pads]))
+        return [before for before, _ in pads]
 
     # the others
 
     def _flatten(self, node):
-        if node("axis", 1) != 1:
-            raise node.refused(f"axis is {node('axis')}, only 1 is supported")
+        axis, axes = node("axis", 1), self._axes()
+        if axis != 1 and (axis > 0 or axes is None or axis + axes != 1):
+            raise node.refused(f"axis is {axis}, only 1 is supported")
         self.layers.append(nn.Flatten())
 
     def _reshape(self, node):
         shape = self._weight(node, 1, "int64").tolist()
+        as_it_is = self.shape and shape[1:] == list(self.shape[1:])
+        if as_it_is and len(shape) > 2 and shape[0] in (0, -1, self.batch):
+            return
         rows, columns = shape if len(shape) == 2 else (-1, 0)
         keeps_n = rows == self.batch if rows else not node("allowzero", 0)
         rest = math.prod(self.shape[1:]) if self.shape else None
@@ -626,12 +826,31 @@ class _Reader:
             )
         self.layers.append(nn.Flatten())
 
-    def _log_softmax(self, node):
+    def _softmax(self, node, kind):
         # On (N, F), what the layer takes, the old default (1) and the new one (-1)
         # are the same.
         if node("axis", 1) not in (1, -1):
             raise node.refused(f"axis is {node('axis')}, only 1 is supported")
-        self.layers.append(nn.LogSoftmax())
+        self.layers.append(kind())
+
+    def _clip(self, node):
+        ends = [node("min"), node("max")]  # before opset 11
+        for i in (0, 1):
+            if ends[i] is None:
+                given = self._weight(node, 1 + i, optional=True)
+                ends[i] = (-math.inf, math.inf)[i] if given is None else given.item()
+        most = float(np.finfo(np.float32).max)
+        low, high = ends
+        if high < most or low != 0 and low > -most:
+            raise node.refused(
+                f"from {low} to {high}: only 0 without an upper end, which is Relu, is "
+                f"supported"
+            )
+        if low == 0:
+            self.layers.append(nn.ReLU())
+
+    def _part_of_activation(self, node):
+        raise node.refused("is supported as a part of GELU or SiLU only")
 
     def _dropout(self, node):
         training = self._weight(node, 2, "bool", optional=True)
@@ -639,24 +858,65 @@ class _Reader:
             raise node.refused("training_mode is set: export the network for inference")
 
 
+def _layer(make):
+    """An operator without weights: ``make(node)`` is its layer."""
+    return lambda reader, node: reader.layers.append(make(node))
+
+
 _OPERATORS = {
     "Add": _Reader._add,
+    "AveragePool": _Reader._average_pool,
     "BatchNormalization": _Reader._batch_normalization,
+    "Clip": _Reader._clip,
     "Constant": None,
     "Conv": _Reader._conv,
     "ConvTranspose": _Reader._conv_transpose,
     "Dropout": _Reader._dropout,
     "Flatten": _Reader._flatten,
+    "Gelu": _layer(lambda node: nn.GELU(node("approximate", b"none").decode())),
     "Gemm": _Reader._gemm,
+    "GlobalAveragePool": _layer(lambda node: nn.AdaptiveAvgPool2d(1)),
     "Identity": lambda reader, node: None,
-    "LogSoftmax": _Reader._log_softmax,
+    "LayerNormalization": _Reader._layer_normalization,
+    "LeakyRelu": _layer(lambda node: nn.LeakyReLU(_decimal(node("alpha", 0.01)))),
+    "LogSoftmax": lambda reader, node: reader._softmax(node, nn.LogSoftmax),
     "MatMul": _Reader._gemm,
     "MaxPool": _Reader._max_pool,
     "Pad": _Reader._pad,
-    "Relu": lambda reader, node: reader.layers.append(nn.ReLU()),
+    "Relu": _layer(lambda node: nn.ReLU()),
     "Reshape": _Reader._reshape,
-    "Sigmoid": lambda reader, node: reader.layers.append(nn.Sigmoid()),
+    "Sigmoid": _layer(lambda node: nn.Sigmoid()),
+    "Softmax": lambda reader, node: reader._softmax(node, nn.Softmax),
+    "Swish": _layer(lambda node: nn.SiLU()),
+    "Tanh": _layer(lambda node: nn.Tanh()),
+    **dict.fromkeys(
+        ("Div", "Erf", "Exp", "Mul", "Neg", "Pow", "Sub"), _Reader._part_of_activation
+    ),
 }
+
+# what an activation may be written in
+_OF_ONE_NUMBER = {
+    "Add": np.add,
+    "Div": np.divide,
+    "Erf": np.vectorize(math.erf, otypes=[np.float64]),
+    "Exp": np.exp,
+    "Mul": np.multiply,
+    "Neg": np.negative,
+    "Pow": np.power,
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Sub": np.subtract,
+    "Tanh": np.tanh,
+}
+_SAMPLES = np.linspace(-8, 8, 65)
+_LONGEST_ACTIVATION = 16  # nodes
+
+
+def _activations():
+    """Operator, attributes, and what it makes of the samples."""
+    yield "Swish", {}, reference.silu_forward(_SAMPLES)
+    for kind in ("none", "tanh"):
+        made = reference.gelu_forward(_SAMPLES, kind)
+        yield "Gelu", {"approximate": kind}, made
 
 
 # what is computed where all inputs are constants, of so many numbers at most
@@ -673,12 +933,44 @@ _FAILURES = (
 _JOINS = ("Concat",)  # beside Add, which may also add a constant
 
 
+def _axes_behind(layers, axes):
+    """How many axes the output of layers has, if it is known; ``axes``: their input."""
+    for layer in layers:
+        if isinstance(layer, (nn.Sequential, nn.Residual, nn.Concat)):
+            parts = list(layer) if isinstance(layer, nn.Sequential) else None
+            if parts is None:
+                parts = [layer[0] if isinstance(layer, nn.Concat) else layer.body]
+            axes = _axes_behind(parts, axes)
+        elif isinstance(layer, _OF_IMAGES):
+            axes = 4
+        elif isinstance(layer, _OF_ROWS):
+            axes = 2
+    return axes
+
+
+_OF_IMAGES = (
+    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Conv2d, nn.ConvTranspose2d,
+    nn.MaxPool2d, nn.ZeroPad2d,
+)  # fmt: skip
+_OF_ROWS = nn.Flatten, nn.Linear, nn.LogSoftmax, nn.Softmax
+
+
+def _decimal(number) -> float:
+    """The shortest decimal that is this number in float32: 0.1, not 0.10000000149."""
+    return float(str(np.float32(number)))
+
+
 def _with_bias(layer):
-    """A layer of the same settings, with a bias."""
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, layer.out_features)
-    settings = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    return nn.Conv2d(layer.in_channels, layer.out_channels, *settings, layer.groups)
+    """The layer, with a bias if it had none."""
+    if layer.bias is None:
+        count = next(
+            getattr(layer, name)
+            for name in ("out_channels", "out_features")
+            if hasattr(layer, name)
+        )
+        layer.bias = nn.Parameter(np.zeros(count, np.float32))
+        layer.pack()
+    return layer
 
 
 def _filled(layer, weight, bias):

@@ -1,0 +1,472 @@
+"""ONNX files of each layer of the library, and of networks that nobody chose."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cycnn
+from cycnn import nn
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from test_onnx import (  # noqa: F401
+    IMAGE,
+    ROWS,
+    check,
+    equal_or_refused,
+    graph,
+    node,
+    numbers,
+    on_cpu,
+    refuse,
+    run,
+    windows,
+)
+
+
+def normalised(layer, seed=0):
+    """The layer, where it normalises with numbers as after some training."""
+    rng = np.random.default_rng(seed)
+    state = layer.state_dict()
+    for name, array in state.items():
+        low = 0.5 if name.endswith("running_var") else -1
+        if array.shape:
+            state[name] = rng.uniform(low, 2, array.shape)
+    layer.load_state_dict(state)
+    return layer.eval()
+
+
+LAYERS = {
+    "AvgPool2d": lambda: nn.AvgPool2d((3, 2), (2, 1), (1, 1)),
+    "AvgPool2d, of the image": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "AdaptiveAvgPool2d": lambda: nn.AdaptiveAvgPool2d(1),
+    "BatchNorm2d": lambda: nn.BatchNorm2d(2, eps=0.01, momentum=0.3),
+    "BatchNorm2d, mean": lambda: nn.BatchNorm2d(2, momentum=None),
+    "BatchNorm2d, plain": lambda: nn.BatchNorm2d(2, affine=False),
+    "Dropout": lambda: nn.Dropout(0.9),
+    "GELU": lambda: nn.GELU(),
+    "GELU, tanh": lambda: nn.GELU("tanh"),
+    "LeakyReLU": lambda: nn.LeakyReLU(0.2),
+    "SiLU": lambda: nn.SiLU(),
+    "Softmax": lambda: nn.Sequential(nn.Flatten(), nn.Softmax()),
+    "Tanh": lambda: nn.Tanh(),
+}
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 20, 22])
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_layer(tmp_path, name, opset):
+    layer = normalised(LAYERS[name]())
+    path = tmp_path / "layer.onnx"
+    proto = cycnn.onnx.export(layer, path, (None, 2, 6, 8), opset=opset)
+    assert proto.ir_version == (8 if opset < 20 else proto.ir_version)
+    again = cycnn.onnx.load(path)
+    if not isinstance(layer, (nn.Sequential, nn.Dropout)):
+        (loaded,) = again
+        shown = repr(layer).replace("momentum=None", "momentum=0.1")
+        assert repr(loaded) == shown.replace(", momentum=0.1", "") or not layer.affine
+    x = 3 * numbers(3, 2, 6, 8)
+    y = layer(x).numpy()
+    np.testing.assert_allclose(run(proto, x), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(again(x).numpy(), y)
+
+
+@pytest.mark.parametrize("opset", [17, 22])
+@pytest.mark.parametrize(
+    "settings", [{}, {"bias": False}, {"elementwise_affine": False}]
+)
+@pytest.mark.parametrize("sizes", [8, (6, 8), (2, 6, 8)])
+def test_layer_norm(tmp_path, sizes, settings, opset):
+    layer = normalised(nn.LayerNorm(sizes, 1e-3, **settings))
+    path = tmp_path / "layer.onnx"
+    proto = cycnn.onnx.export(layer, path, (None, 2, 6, 8), opset=opset)
+    x = numbers(3, 2, 6, 8)
+    y = layer(x).numpy()
+    np.testing.assert_allclose(run(proto, x), y, rtol=1e-4, atol=1e-5)
+    (again,) = cycnn.onnx.load(proto)
+    assert again.eps == 1e-3
+    np.testing.assert_array_equal(again(x).numpy(), y)
+
+
+def test_what_has_no_operator(tmp_path):
+    path, shape = tmp_path / "model.onnx", (None, 2, 6, 8)
+    model = nn.Sequential(nn.ReLU(), nn.LayerNorm(8))
+    with pytest.raises(ValueError, match=r"layer 1 \(LayerNorm\) needs opset 17"):
+        cycnn.onnx.export(model, path, shape, opset=16)
+    with pytest.raises(cycnn.ShapeError, match=r"layer 1 \(LayerNorm\): x has"):
+        cycnn.onnx.export(model, path, (None, 2, 8, 6))
+    norm = nn.BatchNorm2d(2, track_running_stats=False)
+    with pytest.raises(ValueError, match="BatchNorm2d, has no running statistics"):
+        cycnn.onnx.export(norm, path, shape)
+    with pytest.raises(cycnn.ShapeError, match="BatchNorm2d"):
+        cycnn.onnx.export(nn.BatchNorm2d(3), path, shape)
+    assert not path.exists()
+
+
+# networks
+
+
+def resnet(seed=0):
+    def block(channels, out):
+        body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+        )
+        if channels == out:
+            return nn.Residual(body)
+        shortcut = nn.Sequential(nn.Conv2d(channels, out, 1), nn.BatchNorm2d(out))
+        return nn.Residual(body, shortcut)
+
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        block(4, 4),
+        nn.ReLU(),
+        block(4, 6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+    return normalised(model, seed)
+
+
+def test_a_residual_network(tmp_path):
+    model, path = resnet(), tmp_path / "model.onnx"
+    proto = cycnn.onnx.export(model, path, (None, 2, 8, 8))
+    assert proto.ir_version == 8 and proto.opset_import[0].version == 17
+    again = cycnn.onnx.load(path)
+    assert repr(again) == repr(model) and not again.training
+    x = numbers(4, 2, 8, 8)
+    y = model(x).numpy()
+    np.testing.assert_allclose(run(proto, x), y, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(again(x).numpy(), y)
+    np.testing.assert_allclose(nn.fold_batch_norm(again)(x).numpy(), y, 1e-3, 1e-4)
+    # and learns like the one that was written
+    labels = np.array([0, 1, 2, 0], np.int32)
+    made = []
+    for network in (model, again):
+        network.train()
+        loss = nn.CrossEntropyLoss()
+        optimizer = cycnn.optim.SGD(network.parameters(), lr=0.01)
+        for _ in range(3):
+            loss(network(x), labels)
+            network.backward(loss.backward(), input_grad=False)
+            optimizer.step()
+        state = network.state_dict()
+        made.append({k: v for k, v in state.items() if v.shape})
+    for name, array in made[0].items():
+        np.testing.assert_allclose(made[1][name], array, 1e-4, 1e-5, err_msg=name)
+
+
+def draw_network(rng):
+    """A network of any layers for images (N, C, H, W); its layers, and C, H, W."""
+
+    def pick(*of):
+        return of[rng.integers(len(of))]
+
+    channels, size = pick(1, 2, 4), pick(7, 8, 12)
+    image = channels, size, size
+    layers = []
+    for _ in range(rng.integers(2, 7)):
+        kind = pick("conv", "conv", "transpose", "pool", "norm", "act", "block", "pad")
+        if kind == "conv":
+            out = pick(2, 4, 6)
+            groups = pick(1, 2) if channels % 2 == 0 else 1
+            layers.append(
+                nn.Conv2d(channels, out, 3, pick(1, 2), 1, 1, groups, pick(True, False))
+            )
+            channels = out
+        elif kind == "transpose":
+            out, step = pick(2, 4), pick(1, 2)
+            layers.append(
+                nn.ConvTranspose2d(channels, out, 3, step, pick(0, 1), step - 1)
+            )
+            channels = out
+        elif kind == "pool":
+            layers.append(
+                pick(
+                    nn.MaxPool2d(2, 1),
+                    nn.MaxPool2d(3, 2, 1),
+                    nn.AvgPool2d(2, 1, 1),
+                    nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+                )
+            )
+        elif kind == "norm":
+            layers.append(pick(nn.BatchNorm2d(channels), nn.Dropout(0.3)))
+        elif kind == "act":
+            layers.append(
+                pick(nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.LeakyReLU)()
+            )
+        elif kind == "pad":
+            # onnxruntime gives a pooling behind it the padding, and then refuses that
+            layers.append(nn.ZeroPad2d(tuple(rng.integers(0, 3, 4).tolist())))
+            layers.append(nn.Tanh())
+        else:
+            inner = nn.Sequential(
+                nn.BatchNorm2d(channels),
+                nn.SiLU(),
+                nn.Conv2d(channels, channels, 3, padding=1),
+            )
+            block = pick(nn.Residual(inner), nn.Concat(nn.GELU("tanh"), inner))
+            channels *= 1 + isinstance(block, nn.Concat)
+            layers.append(block)
+    layers.append(nn.AdaptiveAvgPool2d(1))
+    layers += [nn.Flatten(), nn.LayerNorm(channels), nn.Linear(channels, 3)]
+    layers.append(pick(nn.Softmax, nn.LogSoftmax)())
+    return layers, image
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_any_network(tmp_path, seed):
+    cycnn.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    layers, image = draw_network(rng)
+    model = normalised(nn.Sequential(*layers), seed)
+    opset = int(rng.choice([17, 18, 20, 22]))
+    path = tmp_path / "model.onnx"
+    proto = cycnn.onnx.export(model, path, (None, *image), opset=opset)
+    again = cycnn.onnx.load(path)
+    assert len(list(again)) == sum(not isinstance(x, nn.Dropout) for x in layers)
+    x = numbers(3, *image, seed=seed)
+    y = model(x).numpy()
+    np.testing.assert_allclose(run(proto, x), y, rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(again(x).numpy(), y, rtol=1e-5, atol=1e-6)
+
+
+# import
+
+
+@pytest.mark.parametrize("opset", [9, 13, 18, 22])
+def test_single_operators(opset):
+    for operator, layer in (
+        ("Tanh", "Tanh"),
+        ("GlobalAveragePool", "AdaptiveAvgPool2d"),
+    ):
+        check(graph([node(operator)], opset=opset), IMAGE, layer)
+    check(graph([node("LeakyRelu")], opset=opset), IMAGE, "LeakyReLU")
+    (layer,) = check(graph([node("LeakyRelu", alpha=0.3)], opset=opset), IMAGE)
+    assert layer.negative_slope == 0.3
+    proto = graph([node("Softmax")], shape=("N", 36), opset=opset)
+    check(proto, ROWS, "Softmax")
+    refuse(graph([node("Softmax", axis=0)], shape=("N", 36), opset=opset), "axis is 0")
+    if opset >= 20:
+        check(graph([node("Gelu")], opset=opset), IMAGE, "GELU")
+        proto = graph([node("Gelu", approximate="tanh")], opset=opset)
+        assert check(proto, IMAGE)[0].approximate == "tanh"
+
+
+@pytest.mark.parametrize("opset", [9, 11, 19, 22])
+def test_average_pool(opset):
+    def pool(**attributes):
+        attributes = {"kernel_shape": [3, 2], **attributes}
+        return graph([node("AveragePool", **attributes)], opset=opset)
+
+    assert check(pool(), IMAGE, "AvgPool2d")[0].stride == (1, 1)
+    padded = {"strides": [2, 3], "pads": [1, 1, 1, 1]}
+    assert not check(pool(**padded), IMAGE)[0].count_include_pad
+    check(pool(**padded, count_include_pad=1), IMAGE, "AvgPool2d")
+    uneven = {"pads": [0, 1, 1, 0], "count_include_pad": 1}
+    check(pool(**uneven), IMAGE, "ZeroPad2d AvgPool2d")
+    check(pool(auto_pad="VALID"), IMAGE)
+    refuse(pool(pads=[0, 1, 1, 0]), "AveragePool", "the same or give the same")
+    refuse(pool(kernel_shape=[2]), "two dimensions")
+    if opset > 9:
+        refuse(pool(strides=[2, 2], ceil_mode=1), "AveragePool", "the same")
+        refuse(pool(strides=[2, 2], ceil_mode=1, count_include_pad=1), "ceil_mode adds")
+    if opset > 18:
+        refuse(pool(dilations=[2, 1]), "dilations")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    attributes=windows,
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    size=st.integers(4, 9),
+    ceil_mode=st.integers(0, 1),
+    counts=st.integers(0, 1),
+)
+def test_average_pool_of_any_window(attributes, kernel, size, ceil_mode, counts):
+    if attributes.get("auto_pad", "NOTSET") != "NOTSET":
+        attributes.pop("pads", None)
+    pool = node(
+        "AveragePool",
+        kernel_shape=kernel,
+        ceil_mode=ceil_mode,
+        count_include_pad=counts,
+        **attributes,
+    )
+    x = numbers(2, 1, size, size + 1)
+    equal_or_refused(graph([pool], shape=(2, 1, size, size + 1), opset=19), x)
+
+
+STATISTICS = {
+    name: np.random.default_rng(i).uniform(0.5, 2, 1).astype("f")
+    for i, name in enumerate(("gamma", "beta", "mean", "var"))
+}
+
+
+@pytest.mark.parametrize("opset", [9, 14, 22])
+def test_batch_normalization_of_images(opset):
+    norm = node("BatchNormalization", "x gamma beta mean var")
+    check(graph([norm], STATISTICS, opset=opset), IMAGE, "BatchNorm2d")
+    # images, as the operators in front and the input say, of sizes that are open
+    open_shape = ("N", "C", "H", "W")
+    check(graph([norm], STATISTICS, open_shape, opset=opset), IMAGE, "BatchNorm2d")
+    nodes = [
+        node("Relu", "x", "a"),
+        node("Relu", "a", "b"),
+        node("Add", "a b", "c"),
+        node("BatchNormalization", "c gamma beta mean var", "d"),
+        node("Add", "d beta"),
+    ]
+    nodes[1].name, nodes[-1].name = "the second Relu", "the second Add"
+    check(
+        graph(nodes, STATISTICS, open_shape, opset=opset),
+        IMAGE,
+        "ReLU Residual BatchNorm2d",
+    )
+    flat = [node("Flatten", "x", "a"), node("BatchNormalization", "a s s s s")]
+    weights = {"s": np.ones(36, "f")}
+    refuse(graph(flat, weights, ("N", 1, "H", "W")), "behind Gemm and MatMul only")
+
+
+def test_bias_behind_conv_transpose():
+    nodes = [node("ConvTranspose", "x w", "a"), node("Add", "a b")]
+    weights = {"w": numbers(1, 2, 3, 3), "b": numbers(2, 1, 1)}
+    check(graph(nodes, weights), IMAGE, "ConvTranspose2d")
+
+
+def test_layer_normalization_refused():
+    def norm(shape=("N", 1, 6, 6), scale=(6,), **attributes):
+        weights = {"s": np.ones(scale, "f")}
+        return graph([node("LayerNormalization", "x s", **attributes)], weights, shape)
+
+    check(norm(), IMAGE, "LayerNorm")
+    check(norm(scale=(1,)), IMAGE, "LayerNorm")
+    check(norm(("N", 1, "H", "W"), axis=3), IMAGE, "LayerNorm")
+    refuse(norm(axis=0), "axis is 0 of 4 axes")
+    refuse(norm(axis=-4, scale=(1, 1, 6, 6)), "axis is -4 of 4 axes")
+    refuse(norm(scale=(5,)), "LayerNormalization", "its scale has shape (5,)")
+    refuse(norm(("N", 1, "H", "W"), axis=2), "its scale has shape (6,)")
+
+
+@pytest.mark.parametrize("opset", [9, 12, 22])
+def test_clip(opset):
+    def clip(low=None, high=None):
+        if opset < 11:
+            ends = {"min": low, "max": high}
+            ends = {k: v for k, v in ends.items() if v is not None}
+            return graph([node("Clip", **ends)], opset=opset)
+        ends = {"low": low, "high": high}
+        weights = {k: np.float32(v) for k, v in ends.items() if v is not None}
+        operator = node("Clip")
+        operator.input.extend(k if k in weights else "" for k in ends)
+        return graph([operator], weights, opset=opset)
+
+    check(clip(0.0), IMAGE, "ReLU")
+    check(clip(0.0, 3.4028234663852886e38), IMAGE, "ReLU")
+    check(clip(), IMAGE, "")
+    refuse(clip(0.0, 6.0), "node 'the Clip' (Clip): from 0.0 to 6.0", "Relu")
+    refuse(clip(-1.0), "from -1.0 to inf")
+
+
+def written(*steps, **weights):
+    """A graph of "operator inputs output"."""
+    nodes = []
+    for i, step in enumerate(steps):
+        operator, *inputs, output = step.split()
+        nodes.append(node(operator, " ".join(inputs), output))
+        nodes[-1].name = f"{operator} {i}"
+    return graph(nodes, {k: np.float32(v) for k, v in weights.items()})
+
+
+def test_activations_in_simpler_operators():
+    erf = {"r": math.sqrt(2), "i": 1 / math.sqrt(2), "one": 1, "half": 0.5}
+    for proto, layer in (
+        # as PyTorch's exporters write GELU
+        (written("Div x r a", "Erf a b", "Add b one c", "Mul x c d", "Mul d half y",
+                 **erf), "GELU"),
+        (written("Mul x half a", "Mul x i b", "Erf b c", "Add one c d", "Mul a d y",
+                 **erf), "GELU"),
+        (written("Sigmoid x a", "Mul x a y"), "SiLU"),
+        (written("Sigmoid x a", "Mul a x y"), "SiLU"),
+        (written("Neg x a", "Exp a b", "Add b one c", "Div x c y", one=1), "SiLU"),
+    ):  # fmt: skip
+        assert check(proto, IMAGE, layer)
+    tanh = written(
+        "Mul x x a", "Mul a x b", "Mul b k c", "Add x c d", "Mul d s e", "Tanh e f",
+        "Add f one g", "Mul g half h", "Mul x h y",
+        k=0.044715, s=math.sqrt(2 / math.pi), one=1, half=0.5,
+    )  # fmt: skip
+    assert check(tanh, IMAGE, "GELU")[0].approximate == "tanh"
+    # in a branch, and more than once
+    check(
+        written("Sigmoid x a", "Mul x a b", "Sigmoid b c", "Mul c b d", "Add x d y"),
+        IMAGE,
+        "Residual",
+    )
+    why = "is supported as a part of GELU or SiLU only"
+    refuse(written("Mul x two y", two=2), "node 'Mul 0' (Mul)", why)
+    refuse(written("Sigmoid x a", "Mul x a b", "Mul b two y", two=2), "Mul 2", why)
+    refuse(written("Tanh x a", "Mul x a y"), "'Mul 1' (Mul)")
+
+
+# weights for PyTorch and back
+
+
+def test_weights_for_pytorch(tmp_path):
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    from safetensors.torch import load_file
+
+    def build(nn):
+        return nn.Sequential(
+            nn.ZeroPad2d((1, 0, 2, 1)),
+            nn.Conv2d(2, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+            nn.LeakyReLU(0.1),
+            nn.AvgPool2d(2, 2, 1, count_include_pad=False),
+            nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2),
+            nn.BatchNorm2d(6, affine=False),
+            nn.SiLU(),
+            nn.LayerNorm(8),
+            nn.GELU("tanh"),
+            nn.Dropout(0.3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+            nn.Tanh(),
+            nn.Softmax(1),
+        )
+
+    ours, theirs = normalised(build(nn)), build(torch.nn).eval()
+    ours[2].num_batches_tracked.data.copy_(np.array(7, np.int32))
+    path = tmp_path / "weights.safetensors"
+    ours.save(path)
+    loaded = load_file(path)
+    wanted = theirs.state_dict()
+    assert list(ours.state_dict()) == list(wanted)
+    assert {k: (v.dtype, v.shape) for k, v in loaded.items()} == {
+        k: (v.dtype, v.shape) for k, v in wanted.items()
+    }
+    theirs.load_state_dict(loaded, assign=True)
+    x = numbers(3, 2, 7, 8)
+    with torch.no_grad():
+        y = theirs(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ours(x).numpy(), y, rtol=1e-4, atol=1e-5)
+
+    theirs.train()(torch.from_numpy(x))  # statistics and counts move
+    save_file(theirs.state_dict(), path)
+    ours.load(path)
+    with torch.no_grad():
+        y = theirs.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ours(x).numpy(), y, rtol=1e-4, atol=1e-5)
+    assert int(ours[2].num_batches_tracked.data) == 8
