@@ -254,7 +254,8 @@ def to_jax(network, weights):
         w, *more = (next(weights) for _ in range(2 + getattr(layer, "norm", False)))
         if isinstance(layer, networks.Conv):
             w, channels = w.transpose(2, 3, 1, 0), layer.outputs
-        elif channels and not layer.mean:  # what it reads was flattened from NCHW, and here from NHWC
+        elif channels and not layer.mean:
+            # what it reads was flattened from NCHW, and here from NHWC
             side = round((layer.inputs // channels) ** 0.5)
             w = w.reshape(-1, channels, side, side).transpose(2, 3, 1, 0)
             w, channels = w.reshape(layer.inputs, -1), None

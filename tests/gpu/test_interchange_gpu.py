@@ -1,4 +1,4 @@
-"""PyTorch, CuPy and JAX share memory with cycnn on a GPU, in the order of its streams."""
+"""Sharing memory with PyTorch, CuPy and JAX on a GPU, in the order of its streams."""
 
 import contextlib
 import gc
