@@ -278,6 +278,7 @@ def test_average_pool(opset):
     uneven = {"pads": [0, 1, 1, 0], "count_include_pad": 1}
     check(pool(**uneven), IMAGE, "ZeroPad2d AvgPool2d")
     check(pool(auto_pad="VALID"), IMAGE)
+    refuse(pool(auto_pad="SAME_UPPER", strides=[3, 3]), "larger than the window")
     refuse(pool(pads=[0, 1, 1, 0]), "AveragePool", "the same or give the same")
     refuse(pool(kernel_shape=[2]), "two dimensions")
     if opset > 9:

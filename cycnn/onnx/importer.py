@@ -780,6 +780,12 @@ class _Reader:
     def _average_pool(self, node):
         kernel, counts = node("kernel_shape"), bool(node("count_include_pad", 0))
         stride, _, pads = self._pool_windows(node, kernel)
+        same = node("auto_pad", b"").startswith(b"SAME")
+        if same and any(step > size for step, size in zip(stride, kernel)):
+            raise node.refused(
+                "auto_pad with strides larger than the window is not supported: "
+                "programs differ in which numbers it leaves out"
+            )
         # what only ceil_mode adds does not count
         if counts and node("ceil_mode", 0) and pads != self._windows(node, kernel)[2]:
             raise node.refused(
