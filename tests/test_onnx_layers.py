@@ -1,6 +1,8 @@
 """ONNX files of each layer of the library, and of networks that nobody chose."""
 
+import io
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -276,6 +278,7 @@ def test_average_pool(opset):
     uneven = {"pads": [0, 1, 1, 0], "count_include_pad": 1}
     check(pool(**uneven), IMAGE, "ZeroPad2d AvgPool2d")
     check(pool(auto_pad="VALID"), IMAGE)
+    refuse(pool(auto_pad="SAME_UPPER", strides=[3, 3]), "larger than the window")
     refuse(pool(pads=[0, 1, 1, 0]), "AveragePool", "the same or give the same")
     refuse(pool(kernel_shape=[2]), "two dimensions")
     if opset > 9:
@@ -305,6 +308,42 @@ def test_average_pool_of_any_window(attributes, kernel, size, ceil_mode, counts)
     )
     x = numbers(2, 1, size, size + 1)
     equal_or_refused(graph([pool], shape=(2, 1, size, size + 1), opset=19), x)
+
+
+def test_max_pool_of_what_is_not_negative():
+    """As GoogLeNet and SqueezeNet have it: the last window reaches over the edge."""
+    pool = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}
+    nodes = [node("Relu", "x", "a"), node("MaxPool", "a", **pool)]
+    check(graph(nodes), IMAGE, "ReLU ZeroPad2d MaxPool2d")
+    pool = {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}
+    nodes = [
+        node("Relu", "x", "a"),
+        node("Sigmoid", "x", "b"),
+        node("Concat", "a b", "c", axis=1),
+        node("MaxPool", "c", **pool),
+    ]
+    check(graph(nodes), IMAGE, "Concat ZeroPad2d MaxPool2d")
+    nodes = [node("Tanh", "x", "a"), node("MaxPool", "a", **pool)]
+    refuse(graph(nodes), "the same or give the same")
+    nodes[0] = node("LeakyRelu", "x", "a")
+    refuse(graph(nodes), "the same or give the same")
+
+
+@pytest.mark.parametrize("opset", [9, 13, 18, 22])
+def test_mean_of_images(opset):
+    def mean(axes, shape=("N", 1, 6, 6), **keep):
+        if opset < 18:
+            return graph([node("ReduceMean", axes=axes, **keep)], (), shape, opset)
+        weights = {"axes": np.array(axes)}
+        return graph([node("ReduceMean", "x axes", **keep)], weights, shape, opset)
+
+    for axes in ([2, 3], [-1, -2]):
+        check(mean(axes), IMAGE, "AdaptiveAvgPool2d")
+        proto = mean(axes, ("N", 1, "H", "W"), keepdims=0)
+        del proto.graph.output[0].type.tensor_type.shape.dim[2:]
+        check(proto, IMAGE, "AdaptiveAvgPool2d Flatten")
+    refuse(mean([1]), "ReduceMean", "over axes [1]")
+    refuse(mean([2, 3], ("N", 1, 6)), "ReduceMean", "images")
 
 
 STATISTICS = {
@@ -419,7 +458,116 @@ def test_activations_in_simpler_operators():
     refuse(written("Tanh x a", "Mul x a y"), "'Mul 1' (Mul)")
 
 
-# weights for PyTorch and back
+# damaged files
+
+
+def every_operator():
+    """The content of a small file, with most of the operators."""
+    nodes = [
+        node("BatchNormalization", "x gamma beta mean var", "a"),
+        node("Sigmoid", "a", "b"),
+        node("Mul", "a b", "c"),
+        node("ConvTranspose", "c w", "d", auto_pad="SAME_UPPER", strides=[2, 1]),
+        node("AveragePool", "d", "e", kernel_shape=[2, 2], pads=[0, 1, 1, 0],
+             count_include_pad=1),
+        node("LeakyRelu", "e", "f", alpha=0.3),
+        node("LayerNormalization", "f s", "g"),
+        node("Clip", "g zero", "h"),
+        node("MaxPool", "h", "i", kernel_shape=[2, 2], auto_pad="SAME_LOWER"),
+        node("Gelu", "i", "j", approximate="tanh"),
+        node("ReduceMean", "j two", "k", keepdims=0),
+        node("Softmax", "k"),
+    ]  # fmt: skip
+    weights = STATISTICS | {
+        "w": numbers(1, 2, 2, 2),
+        "s": np.ones(6, "f"),
+        "zero": np.float32(0),
+        "two": np.array([2, 3]),
+    }
+    proto = graph(nodes, weights, opset=20)
+    del proto.graph.output[0].type.tensor_type.shape.dim[2:]
+    return proto
+
+
+def test_every_operator():
+    layers = (
+        "BatchNorm2d SiLU ConvTranspose2d ZeroPad2d AvgPool2d LeakyReLU LayerNorm ReLU "
+        "ZeroPad2d MaxPool2d GELU AdaptiveAvgPool2d Flatten Softmax"
+    )
+    check(every_operator(), IMAGE, layers)
+
+
+CONTENT = every_operator().SerializeToString()
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_damaged_files(data):
+    content = bytearray(CONTENT)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        cut = data.draw(st.integers(0, 4))
+        content[at : at + cut] = data.draw(st.binary(max_size=4))
+    try:
+        assert isinstance(cycnn.onnx.load(bytes(content)), nn.Sequential)
+    except cycnn.DataError as error:
+        assert str(error).startswith("the given bytes: ")
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_files_of_pytorch(opset):
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = nn.functional.silu(self.conv(x))
+            return nn.functional.max_pool2d(torch.relu(x + self.norm(y)), 3, 2, 1)
+
+    class Head(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    model = nn.Sequential(
+        nn.BatchNorm2d(2),
+        nn.ReLU(),
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.ZeroPad2d((1, 2, 0, 1)),
+        Block(),
+        nn.GELU("tanh"),
+        nn.ConvTranspose2d(4, 4, 3, 2, 1, 1),
+        nn.AvgPool2d(2, 1, 1),
+        nn.LeakyReLU(0.2),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.Tanh(),
+        Head(),
+        nn.LayerNorm(4),
+        nn.Dropout(),
+        nn.Linear(4, 3),
+        nn.Softmax(1),
+    ).eval()
+    x, file = torch.from_numpy(numbers(3, 2, 12, 12)), io.BytesIO()
+    axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "N"}}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the other exporter needs a package more
+        torch.onnx.export(model, x, file, opset_version=opset, dynamo=False, **axes)
+    loaded = cycnn.onnx.load(file.getvalue())
+    with torch.no_grad():
+        y = model(x).numpy()
+    np.testing.assert_allclose(loaded(x.numpy()).numpy(), y, rtol=1e-4, atol=1e-5)
+    kinds = [type(layer).__name__ for layer in loaded]
+    assert {"BatchNorm2d", "GELU", "Residual", "LayerNorm"} <= set(kinds)
 
 
 def test_weights_for_pytorch(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter
@@ -48,7 +49,7 @@ def load(source) -> nn.Sequential:
     operators, all in float32:
 
     - Conv and ConvTranspose (two-dimensional), Pad by zeros, MaxPool, AveragePool,
-      GlobalAveragePool, Relu, LeakyRelu, Sigmoid, Tanh, Softmax, LogSoftmax, Gelu,
+      GlobalAveragePool (or ReduceMean), Relu, LeakyRelu, Sigmoid, Tanh, Softmax, LogSoftmax, Gelu,
       LayerNormalization, Flatten, and Reshape where it does what Flatten does;
     - Gemm, MatMul by a constant, and Add of a constant behind these, a Conv, a
       ConvTranspose or a BatchNormalization;
@@ -61,8 +62,8 @@ def load(source) -> nn.Sequential:
 
     Padding that is not the same on both sides, such as that of auto_pad, is read where
     the same on both sides gives the same output; for Conv and ConvTranspose also by
-    zeros on one side of the filter; and for AveragePool by a ZeroPad2d if
-    count_include_pad is set.
+    zeros on one side of the filter; and by a ZeroPad2d for AveragePool if
+    count_include_pad is set, for MaxPool behind Relu or Sigmoid.
     """
     onnx = onnx_package()
     from google.protobuf.message import DecodeError
@@ -316,11 +317,12 @@ class _Reader:
             inside.update(node.inputs)
             made = compute(*given)
             if all(inside[n] == self.uses[n] for n in values if n != start):
-                for operator, settings, wanted in _activations():
+                for operator, attributes, wanted in _activations():
                     if np.allclose(made, wanted, rtol=1e-6, atol=1e-6):
-                        make = self.onnx.helper.make_node
-                        proto = make(operator, [start], [end], node.name, **settings)
-                        return taken, _Node(self.onnx, proto)
+                        whole = copy.copy(node)
+                        whole.operator, whole.inputs = operator, [start]
+                        whole.attributes = attributes
+                        return taken, whole
             if len(taken) == _LONGEST_ACTIVATION:
                 break
             values[end] = made
@@ -768,12 +770,22 @@ class _Reader:
     def _max_pool(self, node):
         kernel = node("kernel_shape")
         stride, _, pads = self._pool_windows(node, kernel)
+        uneven = any(before != after for before, after in pads)
+        # Where no number is below zero, zeros are as good as minus infinity.
+        if uneven and min(map(min, pads)) >= 0 and _not_negative(self.layers):
+            pads = self._zeros_around(pads)
         padding = self._even(node, pads)
         self.layers.append(nn.MaxPool2d(kernel, stride, padding))
 
     def _average_pool(self, node):
         kernel, counts = node("kernel_shape"), bool(node("count_include_pad", 0))
         stride, _, pads = self._pool_windows(node, kernel)
+        same = node("auto_pad", b"").startswith(b"SAME")
+        if same and any(step > size for step, size in zip(stride, kernel)):
+            raise node.refused(
+                "auto_pad with strides larger than the window is not supported: "
+                "programs differ in which numbers it leaves out"
+            )
         # what only ceil_mode adds does not count
         if counts and node("ceil_mode", 0) and pads != self._windows(node, kernel)[2]:
             raise node.refused(
@@ -781,9 +793,7 @@ class _Reader:
             )
         uneven = any(before != after for before, after in pads)
         if counts and (uneven or any(2 * p[0] > k for p, k in zip(pads, kernel))):
-            (top, bottom), (left, right) = pads
-            self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
-            pads = [(0, 0), (0, 0)]
+            pads = self._zeros_around(pads)
         padding = self._even(node, pads)
         self.layers.append(
             nn.AvgPool2d(kernel, stride, padding, count_include_pad=counts)
@@ -794,6 +804,27 @@ class _Reader:
         if set(found[1]) != {1}:
             raise node.refused("only dilations of 1 are supported")
         return found
+
+    def _zeros_around(self, pads) -> list:
+        """Let a layer of its own pad; returns what is left for the next one."""
+        (top, bottom), (left, right) = pads
+        self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
+        return [(0, 0), (0, 0)]
+
+    def _global_average(self, node):
+        """The mean of the last two axes of images."""
+        axes = node("axes")
+        if axes is None:
+            given = self._weight(node, 1, "int64", optional=True)
+            axes = [] if given is None else given.ravel().tolist()
+        if self._axes() != 4 or sorted(axis % 4 for axis in axes) != [2, 3]:
+            raise node.refused(
+                f"over axes {list(axes)}: only over the last two of images "
+                f"(N, C, H, W) is supported"
+            )
+        self.layers.append(nn.AdaptiveAvgPool2d(1))
+        if not node("keepdims", 1):
+            self.layers.append(nn.Flatten())
 
     def _even(self, node, pads) -> list:
         if any(before != after for before, after in pads):
@@ -883,6 +914,7 @@ _OPERATORS = {
     "MatMul": _Reader._gemm,
     "MaxPool": _Reader._max_pool,
     "Pad": _Reader._pad,
+    "ReduceMean": _Reader._global_average,
     "Relu": _layer(lambda node: nn.ReLU()),
     "Reshape": _Reader._reshape,
     "Sigmoid": _layer(lambda node: nn.Sigmoid()),
@@ -916,7 +948,7 @@ def _activations():
     yield "Swish", {}, reference.silu_forward(_SAMPLES)
     for kind in ("none", "tanh"):
         made = reference.gelu_forward(_SAMPLES, kind)
-        yield "Gelu", {"approximate": kind}, made
+        yield "Gelu", {"approximate": kind.encode()}, made
 
 
 # what is computed where all inputs are constants, of so many numbers at most
@@ -953,6 +985,20 @@ _OF_IMAGES = (
     nn.MaxPool2d, nn.ZeroPad2d,
 )  # fmt: skip
 _OF_ROWS = nn.Flatten, nn.Linear, nn.LogSoftmax, nn.Softmax
+
+
+def _not_negative(layers) -> bool:
+    """Whether the output of layers is 0 or more, whatever their input is."""
+    for layer in reversed(list(layers)):
+        if isinstance(layer, (nn.ReLU, nn.Sigmoid)):
+            return True
+        if isinstance(layer, nn.Concat):
+            return all(map(_not_negative, layer))
+        if isinstance(layer, nn.Sequential):
+            return _not_negative(layer)
+        if not isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d, nn.ZeroPad2d)):
+            return False
+    return False
 
 
 def _decimal(number) -> float:
