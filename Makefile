@@ -2,7 +2,8 @@
 # make test        the tests, on a machine with or without a GPU
 # make gpu         the tests that need a GPU, also under memcheck; writes
 #                  tests/gpu_record.json
-# make sanitize    the same with every tool of compute-sanitizer, which takes longer
+# make sanitize    the same with every tool of compute-sanitizer, which takes longer;
+#                  adds to a record that is current
 # make gpu-check   does that record belong to the sources as they are now?
 # make coverage    lines of Python and Cython that the tests run
 # make wheel       dist/cycnn-*.whl
@@ -56,7 +57,7 @@ gpu: $(TEST_ENV)/installed
 endif
 
 sanitize:
-	$(MAKE) gpu GPU_ARGS="$(GPU_ARGS) $(foreach tool,memcheck racecheck initcheck synccheck,--tool $(tool))"
+	$(MAKE) gpu GPU_ARGS="--add $(GPU_ARGS) $(foreach tool,memcheck racecheck initcheck synccheck,--tool $(tool))"
 
 gpu-check:
 	@$(PYTHON) tools/gpu_record.py --check

@@ -210,10 +210,13 @@ def test_what_is_checked_for_leaks_runs_to_its_end(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_record_holds_the_tools_that_passed_and_no_other(monkeypatch, tmp_path):
+def gpu_machine(monkeypatch, tmp_path, driver="1"):
+    """A machine on which racecheck finds something; what ran there, tool by tool."""
     counts = {"passed": 3, "failed": 0, "skipped": 0, "left_out": 0, "seconds": 1.0}
+    ran = []
 
     def run_tests(jobs, prefix, judge, **environment):
+        ran.append(prefix[-1] if prefix else "plain")
         if "racecheck" in prefix:
             raise gpu_record.Failed("compute-sanitizer racecheck: 1 hazard")
         return counts
@@ -221,7 +224,7 @@ def test_a_record_holds_the_tools_that_passed_and_no_other(monkeypatch, tmp_path
     for name, stand_in in {
         "ROOT": tmp_path,
         "RECORD": tmp_path / "record.json",
-        "query_device": lambda: {"device": "a GPU", "driver": "1"},
+        "query_device": lambda: {"device": "a GPU", "driver": driver},
         "find_sanitizer": lambda: "sanitizer",
         "sanitizer_command": lambda sanitizer, tool: [sanitizer, "--tool", tool],
         "check_leaks": lambda sanitizer: {"bytes": 0, "seconds": 1.0},
@@ -229,9 +232,35 @@ def test_a_record_holds_the_tools_that_passed_and_no_other(monkeypatch, tmp_path
         "digest": lambda *_: "of the sources",
     }.items():
         monkeypatch.setattr(gpu_record, name, stand_in)
+    return ran
+
+
+def record_with(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gpu_record.py", *arguments])
+    return gpu_record.main()
+
+
+def test_a_record_holds_the_tools_that_passed_and_no_other(monkeypatch, tmp_path):
+    gpu_machine(monkeypatch, tmp_path)
     tools = [f"--tool={tool}" for tool in ("memcheck", "racecheck", "initcheck")]
-    monkeypatch.setattr(sys, "argv", ["gpu_record.py", *tools])
-    assert gpu_record.main() == 1
+    assert record_with(monkeypatch, *tools) == 1
     record = json.loads((tmp_path / "record.json").read_text())
     assert list(record["sanitizer"]) == ["memcheck"]
     assert record["tests"]["passed"] == 3 and record["digest"] == "of the sources"
+
+
+def test_tools_are_added_to_a_current_record(monkeypatch, tmp_path):
+    ran = gpu_machine(monkeypatch, tmp_path)
+    # there is none yet
+    assert record_with(monkeypatch, "--add", "--tool=memcheck") == 0
+    assert record_with(monkeypatch, "--add", "--tool=memcheck", "--tool=initcheck") == 0
+    assert ran == ["plain", "memcheck", "initcheck"]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert list(record["sanitizer"]) == ["initcheck", "memcheck"]
+    # other sources, another machine
+    monkeypatch.setattr(gpu_record, "digest", lambda *_: "of others")
+    assert record_with(monkeypatch, "--add") == 0
+    assert ran[3:] == ["plain", "memcheck"]
+    gpu_machine(monkeypatch, tmp_path, driver="2")
+    monkeypatch.setattr(gpu_record, "digest", lambda *_: "of others")
+    assert record_with(monkeypatch, "--add", "--tool=initcheck") == 1

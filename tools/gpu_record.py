@@ -324,20 +324,31 @@ def visible_gpus() -> list[str]:
     return chosen.split(",")
 
 
-def make_record(tools: list[str], jobs: int):
+def make_record(tools: list[str], jobs: int, begun: dict | None = None):
     """Run everything, yielding the record after each tool that passes.
 
-    Failed at the first step that does not pass.
+    ``begun``: a record of these sources, to which tools that it lacks are added. Failed
+    at the first step that does not pass.
     """
     covered = digest()
     record = query_device()
     print(f"GPU: {record['device']}, driver {record['driver']}", flush=True)
     sanitizer = find_sanitizer()
-    record["leaks"] = check_leaks(sanitizer)
-    plain = run_tests(jobs, [], lambda status, _, counts: judge_tests(status, counts))
-    record["tests"] = {k: v for k, v in plain.items() if k != "left_out"}
-    record["sanitizer"] = {}
+    if begun is None:
+        record["leaks"] = check_leaks(sanitizer)
+        plain = run_tests(
+            jobs, [], lambda status, _, counts: judge_tests(status, counts)
+        )
+        record["tests"] = {k: v for k, v in plain.items() if k != "left_out"}
+        record["sanitizer"] = {}
+    else:
+        for name in ("device", "driver"):
+            if begun[name] != record[name]:
+                raise Failed(f"the record is of {begun[name]}, this is {record[name]}")
+        record, plain = begun, begun["tests"]
     for tool in tools:
+        if tool in record["sanitizer"]:
+            continue
         counts = run_tests(
             jobs,
             sanitizer_command(sanitizer, tool),
@@ -391,6 +402,12 @@ def main() -> int:
         help="sanitizer tool to run the tests under; may be repeated (memcheck)",
     )
     parser.add_argument(
+        "--add",
+        action="store_true",
+        help="to a record that belongs to the sources, add the tools that it lacks; "
+        "where there is none, begin one",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=min(4, os.cpu_count() or 1),
@@ -405,8 +422,12 @@ def main() -> int:
         path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     written = "left as it was"
+    begun = None
+    if options.add and check(RECORD)[0]:
+        begun = json.loads(RECORD.read_text(encoding="utf-8"))
     try:
-        for record in make_record(options.tool or ["memcheck"], max(options.jobs, 1)):
+        tools = options.tool or ["memcheck"]
+        for record in make_record(tools, max(options.jobs, 1), begun):
             write(record)
             written = f"written: {check()[1]}"
             print(f"gpu: {RECORD.relative_to(ROOT)} is {written}", flush=True)
