@@ -234,6 +234,8 @@ def test_the_number_of_threads_changes_no_bit():
         done = subprocess.run(
             [sys.executable, "-c", THREADS],
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads},
+            # not in the checkout, whose sources would come first
+            cwd=here,
             capture_output=True,
             text=True,
             timeout=120,
