@@ -12,7 +12,21 @@ from ..ops import for_device
 from .layer import Layer, as_gradient, as_input
 
 
-class ReLU(Layer):
+class _Activation(Layer):
+    """A layer without weights, whose forward saves what its derivative follows from."""
+
+    def _gradient(self, operation, dy, input_grad, *settings):
+        """dx, by the backward operation of this name; None if not ``input_grad``."""
+        seen = self._remembered()
+        dx = None
+        if input_grad:
+            dy = as_gradient(self, dy, seen.shape, seen.device)
+            dx = getattr(for_device(seen.device), operation)(dy, seen, *settings)
+        self._saved = None
+        return dx
+
+
+class ReLU(_Activation):
     """y = max(x, 0), of any shape. NaN stays NaN."""
 
     def forward(self, x):
@@ -25,17 +39,10 @@ class ReLU(Layer):
 
         At x = 0, where there is no derivative, 0 is taken, as everybody does.
         """
-        y = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(y.device).relu_backward(
-                as_gradient(self, dy, y.shape, y.device), y
-            )
-        self._saved = None
-        return dx
+        return self._gradient("relu_backward", dy, input_grad)
 
 
-class Sigmoid(Layer):
+class Sigmoid(_Activation):
     """y = 1 / (1 + exp(-x)), of any shape, exact for large x of either sign."""
 
     def forward(self, x):
@@ -48,17 +55,10 @@ class Sigmoid(Layer):
 
         With e = exp(-x): dy/dx = e / (1 + e)^2 = y (e / (1 + e)) = y (1 - y).
         """
-        y = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(y.device).sigmoid_backward(
-                as_gradient(self, dy, y.shape, y.device), y
-            )
-        self._saved = None
-        return dx
+        return self._gradient("sigmoid_backward", dy, input_grad)
 
 
-class Tanh(Layer):
+class Tanh(_Activation):
     """y = tanh(x), of any shape."""
 
     def forward(self, x):
@@ -71,17 +71,10 @@ class Tanh(Layer):
 
         tanh = sinh / cosh, so dy/dx = (cosh^2 - sinh^2) / cosh^2 = 1 - y^2.
         """
-        y = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(y.device).tanh_backward(
-                as_gradient(self, dy, y.shape, y.device), y
-            )
-        self._saved = None
-        return dx
+        return self._gradient("tanh_backward", dy, input_grad)
 
 
-class LeakyReLU(Layer):
+class LeakyReLU(_Activation):
     """y = x where x > 0, else negative_slope x; of any shape.
 
     Parameters
@@ -112,20 +105,13 @@ class LeakyReLU(Layer):
 
         At x = 0, where there is no derivative, negative_slope is taken.
         """
-        x = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(x.device).leaky_relu_backward(
-                as_gradient(self, dy, x.shape, x.device), x, self.negative_slope
-            )
-        self._saved = None
-        return dx
+        return self._gradient("leaky_relu_backward", dy, input_grad, self.negative_slope)
 
     def _settings(self):
         return f"negative_slope={self.negative_slope}"
 
 
-class GELU(Layer):
+class GELU(_Activation):
     """y = x Phi(x), with Phi the distribution function of the normal distribution.
 
     Parameters
@@ -153,20 +139,13 @@ class GELU(Layer):
         which is s(2v) with s(z) = 1 / (1 + exp(-z)), it is s(2v) (1 - s(2v)) 2 v', with
         v' = sqrt(2 / pi) (1 + 3 0.044715 x^2).
         """
-        x = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(x.device).gelu_backward(
-                as_gradient(self, dy, x.shape, x.device), x, self.approximate
-            )
-        self._saved = None
-        return dx
+        return self._gradient("gelu_backward", dy, input_grad, self.approximate)
 
     def _settings(self):
         return f"approximate={self.approximate!r}"
 
 
-class SiLU(Layer):
+class SiLU(_Activation):
     """y = x s(x) with s(x) = 1 / (1 + exp(-x)), of any shape; also called swish."""
 
     def forward(self, x):
@@ -175,17 +154,10 @@ class SiLU(Layer):
 
     def backward(self, dy, input_grad=True, accumulate=False):
         """dx = dy (s + x s (1 - s)), by the product rule; ds/dx = s (1 - s)."""
-        x = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(x.device).silu_backward(
-                as_gradient(self, dy, x.shape, x.device), x
-            )
-        self._saved = None
-        return dx
+        return self._gradient("silu_backward", dy, input_grad)
 
 
-class Softmax(Layer):
+class Softmax(_Activation):
     """Probabilities: the exponentials of each row of scores, over their sum.
 
     To train a classifier, end it in :class:`LogSoftmax`, whose logarithms stay exact
@@ -220,20 +192,13 @@ class Softmax(Layer):
         dy[g]/dx[f] = [g = f] exp(x[f]) / s - exp(x[g]) exp(x[f]) / s^2
         = y[f] ([g = f] - y[g]). Times dy[g], summed over g, that is the formula.
         """
-        y = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(y.device).softmax_backward(
-                as_gradient(self, dy, y.shape, y.device), y
-            )
-        self._saved = None
-        return dx
+        return self._gradient("softmax_backward", dy, input_grad)
 
     def _settings(self):
         return f"dim={self.dim}"
 
 
-class LogSoftmax(Layer):
+class LogSoftmax(_Activation):
     """Logarithms of probabilities: each row of scores, normalised.
 
     Parameters
@@ -265,14 +230,7 @@ class LogSoftmax(Layer):
         d log(s) / dx[f] = exp(x[f]) / s = softmax[f] = exp(y[f]). Hence
         dx[f] = sum over g of dy[g] ([g = f] - exp(y[f])) = dy[f] - exp(y[f]) sum dy.
         """
-        y = self._remembered()
-        dx = None
-        if input_grad:
-            dx = for_device(y.device).log_softmax_backward(
-                as_gradient(self, dy, y.shape, y.device), y
-            )
-        self._saved = None
-        return dx
+        return self._gradient("log_softmax_backward", dy, input_grad)
 
     def _settings(self):
         return f"dim={self.dim}"
