@@ -5,10 +5,10 @@ or its input where several inputs have the same output.
 from __future__ import annotations
 
 import math
-import numbers
 
 from ..errors import ShapeError
 from ..ops import for_device
+from .arguments import check_real
 from .layer import Layer, as_gradient, as_input
 
 
@@ -84,12 +84,7 @@ class LeakyReLU(_Activation):
     """
 
     def __init__(self, negative_slope=0.01):
-        if isinstance(negative_slope, bool) or not isinstance(
-            negative_slope, numbers.Real
-        ):
-            raise TypeError(
-                f"LeakyReLU: negative_slope must be a number, got {negative_slope!r}"
-            )
+        check_real(negative_slope, "LeakyReLU", "negative_slope")
         if not math.isfinite(negative_slope):
             raise ValueError(
                 f"LeakyReLU: negative_slope must be finite, got {negative_slope}"
@@ -105,7 +100,9 @@ class LeakyReLU(_Activation):
 
         At x = 0, where there is no derivative, negative_slope is taken.
         """
-        return self._gradient("leaky_relu_backward", dy, input_grad, self.negative_slope)
+        return self._gradient(
+            "leaky_relu_backward", dy, input_grad, self.negative_slope
+        )
 
     def _settings(self):
         return f"negative_slope={self.negative_slope}"

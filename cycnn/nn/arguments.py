@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import numpy as np
 
 from ..errors import ShapeError
@@ -22,6 +25,21 @@ def flag(value, layer, name) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{layer}: {name} must be True or False, got {value!r}")
     return bool(value)
+
+
+def check_real(value, layer, name) -> None:
+    """``value`` is a number, maybe infinite or NaN."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
+
+
+def number(value, layer, name, most=math.inf) -> float:
+    """A finite number from 0 to ``most``."""
+    check_real(value, layer, name)
+    if not (0 <= value <= most and math.isfinite(value)):
+        wanted = "0 or more" if most == math.inf else f"from 0 to {most}"
+        raise ValueError(f"{layer}: {name} must be {wanted}, got {value}")
+    return float(value)
 
 
 def pair_from(least, value, layer, name) -> tuple:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
-
 import numpy as np
 
 from .. import random
 from ..ops import for_device
+from .arguments import number
 from .buffer import Buffer
 from .layer import Layer, as_gradient, as_input
 
@@ -38,11 +37,7 @@ class Dropout(Layer):
     """
 
     def __init__(self, p=0.5):
-        if isinstance(p, bool) or not isinstance(p, numbers.Real):
-            raise TypeError(f"Dropout: p must be a number, got {p!r}")
-        if not 0 <= p <= 1:
-            raise ValueError(f"Dropout: p must be from 0 to 1, got {p}")
-        self.p = float(p)
+        self.p = number(p, type(self).__name__, "p", 1)
         seed = random.draw_seed()
         words = np.array([seed & 0xFFFFFFFF, seed >> 32, 0, 0], np.uint32)
         self.random_state = Buffer(words.view(np.int32), persistent=False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import numpy as np
 
 from ..errors import ShapeError
 from ..ops import for_device
-from .arguments import count, flag
+from .arguments import count, flag, number
 from .buffer import Buffer
 from .layer import Layer, as_gradient, as_input
 from .parameter import Parameter
@@ -65,10 +64,10 @@ class BatchNorm2d(Layer):
     ):
         what = type(self).__name__
         self.num_features = count(num_features, what, "num_features")
-        self.eps = _number(eps, what, "eps", math.inf)
+        self.eps = number(eps, what, "eps")
         self.momentum = momentum
         if momentum is not None:
-            self.momentum = _number(momentum, what, "momentum", 1)
+            self.momentum = number(momentum, what, "momentum", 1)
         self.affine = flag(affine, what, "affine")
         tracks = flag(track_running_stats, what, "track_running_stats")
         self.track_running_stats = tracks
@@ -201,7 +200,7 @@ class LayerNorm(Layer):
             raise ShapeError(f"{what}: normalized_shape is empty, expected a size")
         sizes = tuple(count(size, what, "normalized_shape") for size in sizes)
         self.normalized_shape = sizes
-        self.eps = _number(eps, what, "eps", math.inf)
+        self.eps = number(eps, what, "eps")
         affine = flag(elementwise_affine, what, "elementwise_affine")
         self.elementwise_affine = affine
         self.weight = Parameter(np.ones(sizes, "f")) if affine else None
@@ -269,13 +268,3 @@ def _flat(parameter):
 
 def _data(value):
     return None if value is None else value.data
-
-
-def _number(value, layer, name, most) -> float:
-    """A finite number from 0 to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
-    if not (0 <= value <= most and math.isfinite(value)):
-        wanted = "0 or more" if most == math.inf else f"from 0 to {most}"
-        raise ValueError(f"{layer}: {name} must be {wanted}, got {value}")
-    return float(value)
