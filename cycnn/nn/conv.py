@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 
-from ..errors import ShapeError
-from ..ops import for_device
-from . import init
-from .arguments import count, flag, pair_from
-from .layer import Layer, as_gradient, as_input
-from .parameter import Parameter
+from .affine import Convolution
 
 
-class Conv2d(Layer):
+class Conv2d(Convolution):
     """Convolution of images with learned filters (as everywhere in deep learning,
     precisely a cross-correlation: the filters are not flipped).
 
@@ -49,6 +44,14 @@ class Conv2d(Layer):
         y[n,k,p,q] = b[k] + sum over c,r,t of w[k,c,r,t] x[n, c, s p + d r, s q + d t]
     """
 
+    _operation = "conv2d"
+    _defaults = (
+        ("stride", (1, 1)),
+        ("padding", (0, 0)),
+        ("dilation", (1, 1)),
+        ("groups", 1),
+    )
+
     def __init__(
         self,
         in_channels,
@@ -60,47 +63,20 @@ class Conv2d(Layer):
         groups=1,
         bias=True,
     ):
-        what = type(self).__name__
-        self.in_channels = count(in_channels, what, "in_channels")
-        self.out_channels = count(out_channels, what, "out_channels")
-        self.kernel_size = pair_from(1, kernel_size, what, "kernel_size")
-        self.stride = pair_from(1, stride, what, "stride")
-        self.padding = pair_from(0, padding, what, "padding")
-        self.dilation = pair_from(1, dilation, what, "dilation")
-        self.groups = count(groups, what, "groups")
-        for name, channels in (
-            ("in_channels", self.in_channels),
-            ("out_channels", self.out_channels),
-        ):
-            if channels % self.groups:
-                raise ValueError(
-                    f"{what}: groups={self.groups} does not divide {name}={channels}"
-                )
+        self._set(
+            in_channels,
+            out_channels,
+            kernel_size,
+            groups,
+            stride=(1, stride),
+            padding=(0, padding),
+            dilation=(1, dilation),
+        )
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
-        self.weight = Parameter(init.uniform(shape, -bound, bound))
-        self.bias = None
-        if flag(bias, what, "bias"):
-            self.bias = Parameter(init.uniform(shape[:1], -bound, bound))
-        self.pack()
+        self._draw(shape, math.prod(shape[1:]), self.out_channels, bias)
 
-    def forward(self, x):
-        weight, bias = self.weight.data, self.bias
-        x = as_input(self, x, weight.device)
-        try:
-            y = for_device(weight.device).conv2d_forward(
-                x,
-                weight,
-                None if bias is None else bias.data,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.groups,
-            )
-        except ShapeError as error:
-            raise ShapeError(f"{self!r}: {error}") from None
-        self._saved = (x, y.shape)
-        return y
+    def _geometry(self):
+        return self.stride, self.padding, self.dilation, self.groups
 
     def backward(self, dy, input_grad=True, accumulate=False):
         """Gradients of a sum of products: each factor's is the other, times dy.
@@ -115,35 +91,4 @@ class Conv2d(Layer):
 
         dw is a correlation of the input with dy, dx one of dy with the flipped filters.
         """
-        x, shape = self._remembered()
-        weight, bias = self.weight, self.bias
-        device = x.device
-        dx = for_device(device).conv2d_backward(
-            as_gradient(self, dy, shape, device),
-            x,
-            weight.data,
-            weight.grad,
-            None if bias is None else bias.grad,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            input_grad,
-            accumulate,
-        )
-        self._saved = None
-        return dx
-
-    def _settings(self):
-        text = f"{self.in_channels}, {self.out_channels}"
-        text += f", kernel_size={self.kernel_size}"
-        for name, default in (
-            ("stride", (1, 1)),
-            ("padding", (0, 0)),
-            ("dilation", (1, 1)),
-            ("groups", 1),
-        ):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value}"
-        return text if self.bias is not None else text + ", bias=False"
+        return self._gradients(dy, input_grad, accumulate)

@@ -6,14 +6,10 @@ import math
 
 from .. import shapes
 from ..errors import ShapeError
-from ..ops import for_device
-from . import init
-from .arguments import count, flag, pair_from
-from .layer import Layer, as_gradient, as_input
-from .parameter import Parameter
+from .affine import Convolution
 
 
-class ConvTranspose2d(Layer):
+class ConvTranspose2d(Convolution):
     """The transpose of a convolution, from small images to large ones: each number of
     the input adds a filter, scaled by it, to the output.
 
@@ -55,6 +51,15 @@ class ConvTranspose2d(Layer):
                             s q + d t - padding = v of w[c,k,r,t] x[n,c,p,q]
     """
 
+    _operation = "conv_transpose2d"
+    _defaults = (
+        ("stride", (1, 1)),
+        ("padding", (0, 0)),
+        ("output_padding", (0, 0)),
+        ("groups", 1),
+        ("dilation", (1, 1)),
+    )
+
     def __init__(
         self,
         in_channels,
@@ -67,35 +72,23 @@ class ConvTranspose2d(Layer):
         bias=True,
         dilation=1,
     ):
-        what = type(self).__name__
-        self.in_channels = count(in_channels, what, "in_channels")
-        self.out_channels = count(out_channels, what, "out_channels")
-        self.kernel_size = pair_from(1, kernel_size, what, "kernel_size")
-        self.stride = pair_from(1, stride, what, "stride")
-        self.padding = pair_from(0, padding, what, "padding")
-        self.output_padding = pair_from(0, output_padding, what, "output_padding")
-        self.dilation = pair_from(1, dilation, what, "dilation")
-        self.groups = count(groups, what, "groups")
-        for name, channels in (
-            ("in_channels", self.in_channels),
-            ("out_channels", self.out_channels),
-        ):
-            if channels % self.groups:
-                raise ValueError(
-                    f"{what}: groups={self.groups} does not divide {name}={channels}"
-                )
+        self._set(
+            in_channels,
+            out_channels,
+            kernel_size,
+            groups,
+            stride=(1, stride),
+            padding=(0, padding),
+            output_padding=(0, output_padding),
+            dilation=(1, dilation),
+        )
         if any(more >= step for more, step in zip(self.output_padding, self.stride)):
             raise ShapeError(
-                f"{what}: output_padding={self.output_padding} must be smaller than "
-                f"stride={self.stride}"
+                f"{type(self).__name__}: output_padding={self.output_padding} must be "
+                f"smaller than stride={self.stride}"
             )
         shape = (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
-        self.weight = Parameter(init.uniform(shape, -bound, bound))
-        self.bias = None
-        if flag(bias, what, "bias"):
-            self.bias = Parameter(init.uniform((self.out_channels,), -bound, bound))
-        self.pack()
+        self._draw(shape, math.prod(shape[1:]), self.out_channels, bias)
 
     def _geometry(self):
         return (
@@ -112,18 +105,6 @@ class ConvTranspose2d(Layer):
             x_shape, self.weight.shape, *self._geometry()
         )
 
-    def forward(self, x):
-        weight, bias = self.weight.data, self.bias
-        x = as_input(self, x, weight.device)
-        try:
-            y = for_device(weight.device).conv_transpose2d_forward(
-                x, weight, None if bias is None else bias.data, *self._geometry()
-            )
-        except ShapeError as error:
-            raise ShapeError(f"{self!r}: {error}") from None
-        self._saved = (x, y.shape)
-        return y
-
     def backward(self, dy, input_grad=True, accumulate=False):
         """With A for the convolution of these filters, y = A^T x + b; so dx = A dy.
 
@@ -136,33 +117,4 @@ class ConvTranspose2d(Layer):
         with dy zero-padded: the forward of :class:`Conv2d`, and its weight gradient
         with the roles of x and dy exchanged.
         """
-        x, shape = self._remembered()
-        weight, bias = self.weight, self.bias
-        device = x.device
-        dx = for_device(device).conv_transpose2d_backward(
-            as_gradient(self, dy, shape, device),
-            x,
-            weight.data,
-            weight.grad,
-            None if bias is None else bias.grad,
-            *self._geometry(),
-            input_grad,
-            accumulate,
-        )
-        self._saved = None
-        return dx
-
-    def _settings(self):
-        text = f"{self.in_channels}, {self.out_channels}"
-        text += f", kernel_size={self.kernel_size}"
-        for name, default in (
-            ("stride", (1, 1)),
-            ("padding", (0, 0)),
-            ("output_padding", (0, 0)),
-            ("groups", 1),
-            ("dilation", (1, 1)),
-        ):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value}"
-        return text if self.bias is not None else text + ", bias=False"
+        return self._gradients(dy, input_grad, accumulate)
