@@ -68,6 +68,23 @@ def test_slices_and_repr():
     assert one.targets.dtype == np.float32 and one.targets.shape == (3,)
 
 
+def test_channels_have_scales_of_their_own():
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (9, 2, 3, 4), dtype=np.uint8)
+    for targets in rng.standard_normal((9, 5), np.float32), None:
+        dataset = data.TargetDataset(images, targets).normalised([0.5, 1], [2, 4])
+        assert "scale=(0.5, 0.25), shift=(-0.25, -0.25))" in repr(dataset)
+        scales = data.TargetDataset(images, targets, (0.5, 0.25), -0.25)
+        assert repr(scales) == repr(dataset)
+        expected = images * np.float32([[[0.5]], [[0.25]]]) - np.float32(0.25)
+        for loader in data.DataLoader(dataset, 9), data.DataLoader(scales, 9):
+            x, y = next(iter(loader))
+            np.testing.assert_allclose(x.numpy(), expected, 1e-6)
+            np.testing.assert_array_equal(
+                y.numpy(), x.numpy() if targets is None else targets
+            )
+
+
 @pytest.mark.parametrize(
     "targets, error, message",
     [

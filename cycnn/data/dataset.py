@@ -59,6 +59,8 @@ class ArrayDataset:
 
     # whether labels are class indices, and not numbers to predict
     has_classes = True
+    # whether a model shall make of an image the image itself
+    own_images = False
 
     def __init__(self, images, labels, scale=1.0, shift=0.0, classes=None):
         images = _as_images(images)

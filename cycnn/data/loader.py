@@ -219,8 +219,7 @@ class DataLoader:
                 numbers = None if samples is None else samples[done : done + count]
                 done += count
                 images = make(raw, identity[:count], numbers)
-                own = not dataset.has_classes and dataset.own_images
-                yield images, images if own else labels
+                yield images, images if dataset.own_images else labels
         finally:
             stop.set()
             free.release()

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import DataError
-from .dataset import ArrayDataset, _as_images, _finite, _refuse_non_finite
+from .dataset import (
+    ArrayDataset,
+    _as_images,
+    _as_scales,
+    _refuse_non_finite,
+    _text,
+)
 
 
 class TargetDataset(ArrayDataset):
@@ -22,14 +28,14 @@ class TargetDataset(ArrayDataset):
         Real numbers, kept as float32 (shared, not copied, where they are float32 and
         C-contiguous). ``targets[i]`` has the shape of the model's output for one image.
         None: the images themselves, scaled and shifted, as an autoencoder has it.
-    scale, shift : float
+    scale, shift : float or sequence of C floats
         A loader yields ``images * scale + shift``; targets are not changed.
 
     Attributes
     ----------
     images : numpy.ndarray, uint8 or float32
     targets : numpy.ndarray of float32, or None
-    scale, shift : float
+    scale, shift : float, or both tuples of C floats
 
     Raises
     ------
@@ -54,7 +60,7 @@ class TargetDataset(ArrayDataset):
                 f"{len(images)} images but targets of shape {targets.shape}: expected "
                 f"(M, ...), one target for each image"
             )
-        scale, shift = _finite(scale, "scale"), _finite(shift, "shift")
+        scale, shift = _as_scales(scale, shift, images.shape[1])
         self._set(images, targets, scale, shift, 0)
 
     @property
@@ -71,7 +77,7 @@ class TargetDataset(ArrayDataset):
         return (
             f"TargetDataset({len(self)} images of shape {self.image_shape}, "
             f"{self.images.dtype}, targets: {targets}, "
-            f"scale={self.scale:g}, shift={self.shift:g})"
+            f"scale={_text(self.scale)}, shift={_text(self.shift)})"
         )
 
 
