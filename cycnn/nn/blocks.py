@@ -84,11 +84,6 @@ class Residual(Layer):
         """The gradient by the sum, from that by the output: they are the same here."""
         return as_gradient(self, dy, *self._remembered())
 
-    def _forget(self):
-        self._saved = None
-        for _, part in self._children():
-            part._forget()
-
     def __repr__(self):
         return tree(self)
 
@@ -158,11 +153,6 @@ class Concat(Layer):
                 dx = out
         self._saved = None
         return dx
-
-    def _forget(self):
-        self._saved = None
-        for branch in self._branches:
-            branch._forget()
 
     def __len__(self):
         return len(self._branches)

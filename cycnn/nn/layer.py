@@ -350,8 +350,10 @@ class Layer:
     # for the layers themselves
 
     def _forget(self):
-        """Drop what a forward remembered."""
+        """Drop what a forward remembered, here and in the layers inside."""
         self._saved = None
+        for _, child in self._children():
+            child._forget()
 
     def _remembered(self):
         saved = self._saved

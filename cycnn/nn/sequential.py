@@ -113,10 +113,6 @@ class Sequential(Layer):
             layers[i]._forget()
         return dx
 
-    def _forget(self):
-        for layer in self._layers:
-            layer._forget()
-
     def __len__(self):
         return len(self._layers)
 
