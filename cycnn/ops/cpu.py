@@ -31,7 +31,20 @@ from .cpu_batch_norm import (  # noqa: F401
     batch_norm2d_forward,
     batch_norm2d_inference,
 )
-from .cpu_common import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat, _optional, _shape
+from .cpu_common import (
+    _FLOAT32,
+    _INT32,
+    _UINT8,
+    _array,
+    _cpu,
+    _flat,
+    _map,
+    _map_backward,
+    _map_rows,
+    _map_rows_backward,
+    _optional,
+    _shape,
+)
 from .cpu_dropout import dropout_backward, dropout_forward  # noqa: F401
 from .cpu_layer_norm import (  # noqa: F401
     layer_norm_backward,
@@ -96,40 +109,22 @@ def add(x, y, out):
 
 def relu_forward(x):
     """y = max(x, 0)."""
-    x = _array("x", x)
-    y = _cpu.empty(x.shape, _FLOAT32)
-    if x.size:
-        _cpu.relu(_flat(x), _flat(y))
-    return from_array(y)
+    return _map(_cpu.relu, x)
 
 
 def relu_backward(dy, y):
     """dx = dy where y > 0, else 0."""
-    dy, y = _array("dy", dy), _array("y", y)
-    shapes.check_same(y=y.shape, dy=dy.shape)
-    dx = _cpu.empty(y.shape, _FLOAT32)
-    if y.size:
-        _cpu.relu_gradient(_flat(dy), _flat(y), _flat(dx))
-    return from_array(dx)
+    return _map_backward(_cpu.relu_gradient, dy, "y", y)
 
 
 def sigmoid_forward(x):
     """y = 1 / (1 + exp(-x))."""
-    x = _array("x", x)
-    y = _cpu.empty(x.shape, _FLOAT32)
-    if x.size:
-        _cpu.sigmoid(_flat(x), _flat(y))
-    return from_array(y)
+    return _map(_cpu.sigmoid, x)
 
 
 def sigmoid_backward(dy, y):
     """dx = dy y (1 - y)."""
-    dy, y = _array("dy", dy), _array("y", y)
-    shapes.check_same(y=y.shape, dy=dy.shape)
-    dx = _cpu.empty(y.shape, _FLOAT32)
-    if y.size:
-        _cpu.sigmoid_gradient(_flat(dy), _flat(y), _flat(dx))
-    return from_array(dx)
+    return _map_backward(_cpu.sigmoid_gradient, dy, "y", y)
 
 
 # linear
@@ -288,23 +283,12 @@ def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 
 
 def log_softmax_forward(x):
     """y (N, F) = x - log sum_f exp(x)."""
-    x = _array("x", x)
-    n, f = shapes.check_scores("x", x.shape)
-    y = _cpu.empty(x.shape, _FLOAT32)
-    if n:
-        _cpu.log_softmax(_flat(x), _flat(y), n, f)
-    return from_array(y)
+    return _map_rows(_cpu.log_softmax, x)
 
 
 def log_softmax_backward(dy, y):
     """dx (N, F) = dy - exp(y) sum_f dy."""
-    dy, y = _array("dy", dy), _array("y", y)
-    n, f = shapes.check_scores("y", y.shape)
-    shapes.check_same(y=y.shape, dy=dy.shape)
-    dx = _cpu.empty(y.shape, _FLOAT32)
-    if n:
-        _cpu.log_softmax_gradient(_flat(dy), _flat(y), _flat(dx), n, f)
-    return from_array(dx)
+    return _map_rows_backward(_cpu.log_softmax_gradient, dy, y)
 
 
 def _mean_loss(log_probs, labels):

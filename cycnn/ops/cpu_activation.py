@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-from .. import shapes
-from ..tensor import from_array
-from .cpu_common import _FLOAT32, _array, _cpu, _flat
+from .cpu_common import _map, _map_backward, _map_rows, _map_rows_backward
 
 # after _cpu, which sets how the threads wait
 from . import _cpu_activation as _loops  # isort: skip
-
-
-def _map(loop, x, *settings):
-    x = _array("x", x)
-    y = _cpu.empty(x.shape, _FLOAT32)
-    if x.size:
-        loop(_flat(x), _flat(y), *settings)
-    return from_array(y)
-
-
-def _map_backward(loop, dy, name, seen, *settings):
-    """``seen``, called ``name``, is what the derivative is computed of."""
-    dy, seen = _array("dy", dy), _array(name, seen)
-    shapes.check_same(**{name: seen.shape}, dy=dy.shape)
-    dx = _cpu.empty(seen.shape, _FLOAT32)
-    if seen.size:
-        loop(_flat(dy), _flat(seen), _flat(dx), *settings)
-    return from_array(dx)
 
 
 def tanh_forward(x):
@@ -70,20 +50,9 @@ def silu_backward(dy, x):
 
 def softmax_forward(x):
     """y (N, F) = exp(x) / sum_f exp(x)."""
-    x = _array("x", x)
-    n, f = shapes.check_scores("x", x.shape)
-    y = _cpu.empty(x.shape, _FLOAT32)
-    if n:
-        _loops.softmax(_flat(x), _flat(y), n, f)
-    return from_array(y)
+    return _map_rows(_loops.softmax, x)
 
 
 def softmax_backward(dy, y):
     """dx (N, F) = y (dy - sum_f dy y)."""
-    dy, y = _array("dy", dy), _array("y", y)
-    n, f = shapes.check_scores("y", y.shape)
-    shapes.check_same(y=y.shape, dy=dy.shape)
-    dx = _cpu.empty(y.shape, _FLOAT32)
-    if n:
-        _loops.softmax_gradient(_flat(dy), _flat(y), _flat(dx), n, f)
-    return from_array(dx)
+    return _map_rows_backward(_loops.softmax_gradient, dy, y)

@@ -6,7 +6,7 @@ import importlib
 
 from ..tensor import Tensor, from_array
 from . import reference_augment as reference
-from .cpu import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat
+from .cpu_common import _FLOAT32, _INT32, _UINT8, _array, _cpu, _flat
 from .reference import check_index_range
 
 _cpu_augment = importlib.import_module("._cpu_augment", __package__)

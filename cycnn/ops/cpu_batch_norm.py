@@ -7,6 +7,7 @@ import numpy as np
 from .. import shapes
 from ..tensor import from_array
 from .cpu_common import _FLOAT32, _INT32, _array, _cpu, _flat, _optional, _shape
+from .reference_common import _write
 
 # after _cpu, which sets how the threads wait
 from . import _cpu_batch_norm as _loops  # isort: skip
@@ -121,7 +122,7 @@ def batch_norm2d_backward(
     r = _scale(None, variance, eps)
     for target, value in ((dbias, sums[0]), (dweight, sums[1] * r)):
         if target is not None:
-            target[...] = target + value if accumulate else value
+            _write(target, value, accumulate)
     if not need_dx:
         return None
     dx = _cpu.empty(x.shape, _FLOAT32)

@@ -9,7 +9,8 @@ import numpy as np
 
 from .. import shapes
 from ..tensor import from_array
-from .cpu import _FLOAT32, _array, _cpu, add
+from .cpu import add
+from .cpu_common import _FLOAT32, _array, _cpu
 
 
 def add_relu(x, y, out):

@@ -7,7 +7,8 @@ import os
 
 import numpy as np
 
-from ..tensor import Tensor
+from .. import shapes
+from ..tensor import Tensor, from_array
 
 
 def _with_threads_that_sleep(name):
@@ -59,3 +60,43 @@ def _flat(array):
 
 def _shape(array):
     return None if array is None else array.shape
+
+
+def _map(loop, x, *settings):
+    """y of x, element by element."""
+    x = _array("x", x)
+    y = _cpu.empty(x.shape, _FLOAT32)
+    if x.size:
+        loop(_flat(x), _flat(y), *settings)
+    return from_array(y)
+
+
+def _map_backward(loop, dy, name, seen, *settings):
+    """dx, element by element; the derivative is computed of ``seen``, named ``name``."""
+    dy, seen = _array("dy", dy), _array(name, seen)
+    shapes.check_same(**{name: seen.shape}, dy=dy.shape)
+    dx = _cpu.empty(seen.shape, _FLOAT32)
+    if seen.size:
+        loop(_flat(dy), _flat(seen), _flat(dx), *settings)
+    return from_array(dx)
+
+
+def _map_rows(loop, x):
+    """y (N, F) of x, row by row."""
+    x = _array("x", x)
+    n, f = shapes.check_scores("x", x.shape)
+    y = _cpu.empty(x.shape, _FLOAT32)
+    if n:
+        loop(_flat(x), _flat(y), n, f)
+    return from_array(y)
+
+
+def _map_rows_backward(loop, dy, y):
+    """dx (N, F), row by row."""
+    dy, y = _array("dy", dy), _array("y", y)
+    n, f = shapes.check_scores("y", y.shape)
+    shapes.check_same(y=y.shape, dy=dy.shape)
+    dx = _cpu.empty(y.shape, _FLOAT32)
+    if n:
+        loop(_flat(dy), _flat(y), _flat(dx), n, f)
+    return from_array(dx)

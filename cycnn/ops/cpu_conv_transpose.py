@@ -6,17 +6,9 @@ import numpy as np
 
 from .. import shapes
 from ..tensor import from_array
-from .cpu import (
-    _FLOAT32,
-    _array,
-    _convolution,
-    _cpu,
-    _flat,
-    _optional,
-    _shape,
-    conv2d_backward,
-    conv2d_forward,
-)
+from .cpu import _convolution, conv2d_backward, conv2d_forward
+from .cpu_common import _FLOAT32, _array, _cpu, _flat, _optional, _shape
+from .reference_common import _write
 
 
 def conv_transpose2d_forward(
@@ -84,5 +76,5 @@ def conv_transpose2d_backward(
     if dbias is not None:
         dbias = _array("dbias", dbias)
         total = _array("dy", dy).sum(axis=(0, 2, 3), dtype=np.float64)
-        dbias[...] = dbias + total if accumulate else total
+        _write(dbias, total, accumulate)
     return conv2d_forward(dy, weight, None, *how) if need_dx else None

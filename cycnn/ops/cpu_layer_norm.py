@@ -7,6 +7,7 @@ import numpy as np
 from .. import shapes
 from ..tensor import from_array
 from .cpu_common import _FLOAT32, _array, _cpu, _flat, _optional, _shape
+from .reference_common import _write
 
 # after _cpu, which sets how the threads wait
 from . import _cpu_layer_norm as _loops  # isort: skip
@@ -58,5 +59,5 @@ def layer_norm_backward(
             _loops.gradient_x(*given, weight, mean, r, _flat(dx), n, f)
     for target, value in zip((dbias, dweight), sums):
         if target is not None:
-            target[...] = target + value if accumulate else value
+            _write(target, value, accumulate)
     return from_array(dx) if need_dx else None

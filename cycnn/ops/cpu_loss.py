@@ -10,12 +10,11 @@ import numpy as np
 from .. import shapes
 from ..tensor import from_array
 from . import cpu, reference, reference_loss
-
-_FLOAT32, _INT32 = np.dtype("float32"), np.dtype("int32")
+from .cpu_common import _FLOAT32, _INT32, _array
 
 
 def _operands(x, target):
-    x, target = cpu._array("x", x), cpu._array("target", target)
+    x, target = _array("x", x), _array("target", target)
     shapes.check_same(x=x.shape, target=target.shape)
     return x, target
 
@@ -71,7 +70,7 @@ def smooth_l1_loss_backward(x, target, beta, mean):
 def _factor(target, pos_weight):
     if pos_weight is None:
         return np.float32(1)
-    pos_weight = cpu._array("pos_weight", pos_weight)
+    pos_weight = _array("pos_weight", pos_weight)
     reference_loss.check_pos_weight(target.shape, pos_weight.shape)
     rows = target.reshape(-1, len(pos_weight))
     return (1 + (pos_weight - 1) * rows).reshape(target.shape)
@@ -95,8 +94,8 @@ def bce_with_logits_backward(x, target, pos_weight, mean):
 
 def _targets(log_probs, labels, weight, smoothing, ignore_index):
     """Arrays: log_probs, the rows that count and their labels, weight (F,)."""
-    log_probs = cpu._array("log_probs", log_probs)
-    labels = cpu._array("labels", labels, _INT32)
+    log_probs = _array("log_probs", log_probs)
+    labels = _array("labels", labels, _INT32)
     _, f = shapes.check_labels("log_probs", log_probs.shape, labels.shape)
     rows = np.arange(len(labels))
     if ignore_index is not None:
@@ -105,7 +104,7 @@ def _targets(log_probs, labels, weight, smoothing, ignore_index):
     if weight is None:
         weight = np.ones(f, _FLOAT32)
     else:
-        weight = cpu._array("weight", weight)
+        weight = _array("weight", weight)
         shapes.check_same(weight=weight.shape, classes=(f,))
     return log_probs, rows, labels[rows], weight
 
@@ -144,7 +143,7 @@ def weighted_nll_loss_backward(
     dlog_probs = np.zeros_like(log_probs)
     q = _row_targets(log_probs.shape, rows, labels, weight, smoothing)
     with np.errstate(invalid="ignore", divide="ignore"):
-        dlog_probs[rows] = -q / cpu._array("total", total)
+        dlog_probs[rows] = -q / _array("total", total)
     return from_array(dlog_probs)
 
 
@@ -171,5 +170,5 @@ def weighted_cross_entropy_backward(
     q = _row_targets(log_probs.shape, rows, labels, weight, smoothing)
     made = np.exp(log_probs[rows]) * q.sum(axis=1, keepdims=True) - q
     with np.errstate(invalid="ignore", divide="ignore"):
-        dlogits[rows] = made / cpu._array("total", total)
+        dlogits[rows] = made / _array("total", total)
     return from_array(dlogits)

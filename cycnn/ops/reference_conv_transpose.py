@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import shapes
 from . import reference
+from .reference_common import _f64, _write
 
 
 def conv_transpose2d_forward(
@@ -51,7 +52,7 @@ def conv_transpose2d_forward(
     y = reference.conv2d_backward(
         x, np.zeros(y_shape), weight, unused, None, stride, padding, dilation, groups
     )
-    return y if bias is None else y + np.asarray(bias, np.float64)[:, None, None]
+    return y if bias is None else y + _f64(bias)[:, None, None]
 
 
 def conv_transpose2d_backward(
@@ -105,6 +106,5 @@ def conv_transpose2d_backward(
     how = stride, padding, dilation, groups
     reference.conv2d_backward(x, dy, weight, dweight, None, *how, False, accumulate)
     if dbias is not None:
-        total = np.asarray(dy, np.float64).sum(axis=(0, 2, 3))
-        dbias[...] = dbias + total if accumulate else total
+        _write(dbias, _f64(dy).sum(axis=(0, 2, 3)), accumulate)
     return reference.conv2d_forward(dy, weight, None, *how) if need_dx else None

@@ -6,10 +6,7 @@ import numpy as np
 
 from .. import shapes
 from . import reference
-
-
-def _f64(x):
-    return np.asarray(x, np.float64)
+from .reference_common import _f64
 
 
 def _operands(x, target):

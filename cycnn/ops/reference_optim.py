@@ -10,10 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import shapes
-
-
-def _f64(x):
-    return np.asarray(x, np.float64)
+from .reference_common import _f64
 
 
 def check_step_count(lr_shape, step_shape, **slabs) -> None:
