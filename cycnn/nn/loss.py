@@ -34,6 +34,12 @@ class Loss:
 
         return default_device()
 
+    def _prediction(self, x, target):
+        """``x`` as a float32 tensor; from the host it goes to that of the target."""
+        if isinstance(x, Tensor) or not isinstance(target, Tensor):
+            return as_input(self, x)
+        return as_input(self, x, target.device)
+
     def _remembered(self):
         saved = self._saved
         if saved is None:
@@ -160,11 +166,7 @@ class ClassLoss(Loss):
         return weight, self.smoothing, self.ignore_index
 
     def _operands(self, scores, labels):
-        if not isinstance(scores, Tensor):
-            device = labels.device if isinstance(labels, Tensor) else None
-            scores = as_input(self, scores, device)
-        else:
-            as_input(self, scores)
+        scores = self._prediction(scores, labels)
         if not isinstance(labels, Tensor):
             labels = self._checked_labels(labels, scores)
         elif labels.ndim == 2:

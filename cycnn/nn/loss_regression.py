@@ -10,7 +10,6 @@ import numpy as np
 from ..errors import ShapeError
 from ..ops import for_device
 from ..tensor import Tensor
-from .layer import as_input
 from .loss import Constant, Loss, checked_reduction
 
 _FLOAT32 = np.dtype("float32")
@@ -48,11 +47,7 @@ class ElementLoss(Loss):
         return self.reduction == "mean"
 
     def _operands(self, prediction, target):
-        if isinstance(prediction, Tensor):
-            as_input(self, prediction)
-        else:
-            device = target.device if isinstance(target, Tensor) else None
-            prediction = as_input(self, prediction, device)
+        prediction = self._prediction(prediction, target)
         if not isinstance(target, Tensor):
             array = np.asarray(target)
             if array.dtype.kind not in "fiub":
