@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 
-import numpy as np
-
-from ..errors import ShapeError
 from ..nn.inference import turn
-from ..nn.parameter import Parameter
 from ..ops import for_device
 from ..tensor import empty
-from .optimizer import Places, checked, find_runs
+from .optimizer import (
+    Places,
+    check_parameters,
+    check_state,
+    checked,
+    find_runs,
+    refuse_layer,
+)
 
 
 class EMA:
@@ -47,18 +50,9 @@ class EMA:
     """
 
     def __init__(self, params, decay=0.999):
-        if hasattr(params, "parameters"):
-            raise TypeError(
-                "params is a layer; give its parameters: model.parameters()"
-            )
+        refuse_layer(params)
         self._params = list(params)
-        for parameter in self._params:
-            if not isinstance(parameter, Parameter):
-                raise TypeError(f"params must hold Parameters, got {parameter!r}")
-        if not self._params:
-            raise ValueError("there are no parameters to average")
-        if len({id(parameter) for parameter in self._params}) < len(self._params):
-            raise ValueError("a parameter is given twice")
+        check_parameters([self._params], "average")
         self._decay = checked("decay", decay, below=1)
         self._is_applied = False
         self._places = Places(self._find_runs)
@@ -146,26 +140,19 @@ class EMA:
         if "decay" not in state:
             raise ValueError("the state has no decay: it is not of an EMA")
         decay = checked("decay", state["decay"], below=1)
-        wanted = {f"average.{i}": p.shape for i, p in enumerate(self._params)}
-        for name, shape in wanted.items():
+        wanted = {f"average.{i}": p for i, p in enumerate(self._params)}
+        for name, parameter in wanted.items():
             if name not in state:
                 raise ValueError(
                     f"the state has no {name}: it is of another number of parameters"
                 )
-            array = np.asarray(state[name])
-            if array.shape != shape:
-                raise ShapeError(
-                    f"state {name} has shape {array.shape}, the parameter {shape}"
-                )
-            if array.dtype.kind != "f":
-                raise TypeError(f"state {name} is {array.dtype}, expected float32")
+            check_state(name, state[name], parameter)
         for name in state:
             if name != "decay" and name not in wanted:
                 raise ValueError(f"the state has {name}, which this average has not")
         self._decay = decay
-        for i, parameter in enumerate(self._params):
-            part = self._places.state_of(parameter)["average"]
-            part.copy_(state[f"average.{i}"])
+        for name, parameter in wanted.items():
+            self._places.state_of(parameter)["average"].copy_(state[name])
 
     def __repr__(self):
         count = sum(parameter.size for parameter in self._params)

@@ -271,10 +271,7 @@ class Optimizer:
     _unsaid: ClassVar[dict] = {}
 
     def __init__(self, params, lr, settings):
-        if hasattr(params, "parameters"):
-            raise TypeError(
-                "params is a layer; give its parameters: model.parameters()"
-            )
+        refuse_layer(params)
         self._settings = self._checked(**settings)
         lr = checked("lr", lr)
         self._groups = []
@@ -291,13 +288,8 @@ class Optimizer:
             own = self._checked(**(settings | own))
             self._groups.append(ParamGroup(list(members), group_lr, own))
         self._params = [p for group in self._groups for p in group.params]
-        for parameter in self._params:
-            if not isinstance(parameter, Parameter):
-                raise TypeError(f"params must hold Parameters, got {parameter!r}")
-        if not all(group.params for group in self._groups) or not self._params:
-            raise ValueError("there are no parameters to optimize")
-        if len({id(parameter) for parameter in self._params}) < len(self._params):
-            raise ValueError("a parameter is given twice: it would be updated twice")
+        groups = [group.params for group in self._groups]
+        check_parameters(groups, "optimize", ": it would be updated twice")
         self._settle()
         self._places = Places(self._find_runs)
 
@@ -566,14 +558,7 @@ class Optimizer:
                     f"the state has no {name}: it is of another number of parameters, "
                     f"or of other settings"
                 )
-            array = np.asarray(arrays[name])
-            if array.shape != parameter.shape:
-                raise ShapeError(
-                    f"state {name} has shape {array.shape}, the parameter "
-                    f"{parameter.shape}"
-                )
-            if array.dtype.kind != "f":
-                raise TypeError(f"state {name} is {array.dtype}, expected float32")
+            check_state(name, arrays[name], parameter)
         for name in arrays:
             if name not in wanted:
                 raise ValueError(f"the state has {name}, which this optimizer has not")
@@ -675,6 +660,38 @@ def flag(name, value) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def refuse_layer(params) -> None:
+    """``params`` is no layer, which is easily given for its parameters."""
+    if hasattr(params, "parameters"):
+        raise TypeError("params is a layer; give its parameters: model.parameters()")
+
+
+def check_parameters(groups, verb, why="") -> None:
+    """Lists of Parameters, none of them empty, and no parameter twice.
+
+    ``verb`` is what they are for, ``why`` what speaks against giving one twice.
+    """
+    parameters = [parameter for group in groups for parameter in group]
+    for parameter in parameters:
+        if not isinstance(parameter, Parameter):
+            raise TypeError(f"params must hold Parameters, got {parameter!r}")
+    if not all(groups) or not parameters:
+        raise ValueError(f"there are no parameters to {verb}")
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError(f"a parameter is given twice{why}")
+
+
+def check_state(name, value, parameter) -> None:
+    """What a saved state holds under ``name`` fits a parameter."""
+    array = np.asarray(value)
+    if array.shape != parameter.shape:
+        raise ShapeError(
+            f"state {name} has shape {array.shape}, the parameter {parameter.shape}"
+        )
+    if array.dtype.kind != "f":
+        raise TypeError(f"state {name} is {array.dtype}, expected float32")
 
 
 def checked(name, value, below=math.inf, positive=False) -> float:
