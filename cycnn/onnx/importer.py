@@ -19,7 +19,7 @@ _OPSETS = range(9, 23)
 
 
 def load(source) -> nn.Sequential:
-    """Read a network from an ONNX file, to use it or, after ``train()``, to train it on.
+    """Read a network from an ONNX file, to use it or, after ``train()``, to train it.
 
     Parameters
     ----------
@@ -49,8 +49,9 @@ def load(source) -> nn.Sequential:
     operators, all in float32:
 
     - Conv and ConvTranspose (two-dimensional), Pad by zeros, MaxPool, AveragePool,
-      GlobalAveragePool (or ReduceMean), Relu, LeakyRelu, Sigmoid, Tanh, Softmax, LogSoftmax, Gelu,
-      LayerNormalization, Flatten, and Reshape where it does what Flatten does;
+      GlobalAveragePool (or ReduceMean), Relu, LeakyRelu, Sigmoid, Tanh, Softmax,
+      LogSoftmax, Gelu, LayerNormalization, Flatten, and Reshape where it does what
+      Flatten does;
     - Gemm, MatMul by a constant, and Add of a constant behind these, a Conv, a
       ConvTranspose or a BatchNormalization;
     - BatchNormalization of images, and behind Gemm or MatMul, with whose weights it is
@@ -489,22 +490,35 @@ class _Reader:
 
     # layers with weights
 
-    def _conv(self, node):
+    def _filters(self, node) -> np.ndarray:
+        """The weight of a convolution, transposed or not."""
         weight = self._weight(node, 1)
         if weight.ndim != 4:
             raise node.refused(f"its weight of shape {weight.shape} has not 4 axes")
         if tuple(node("kernel_shape", weight.shape[2:])) != weight.shape[2:]:
             raise node.refused(f"kernel_shape differs from its weight, {weight.shape}")
+        return weight
+
+    def _longer(self, node, filters, axis, rows, dilation, pads) -> np.ndarray:
+        """Filters that reach ``rows`` further: back for more than 0, forth for less.
+
+        The zeros there make up for padding, ``pads``, that differs by so much.
+        """
+        taps, rest = divmod(abs(rows), dilation[axis])
+        if rest or taps > filters.shape[2 + axis]:
+            before, after = pads
+            raise node.refused(f"its padding is too uneven, {before} and {after}")
+        zeros = [(0, 0)] * 4
+        zeros[2 + axis] = (taps, 0) if rows > 0 else (0, taps)
+        return np.pad(filters, zeros)
+
+    def _conv(self, node):
+        weight = self._filters(node)
         stride, dilation, pads = self._windows(node, weight.shape[2:])
         for axis, (before, after) in enumerate(pads):
-            # With the larger padding on both sides, zeros at one end of the filter make
-            # up for the difference.
-            taps, rest = divmod(abs(before - after), dilation[axis])
-            if rest or taps > weight.shape[2 + axis]:
-                raise node.refused(f"its padding is too uneven, {before} and {after}")
-            zeros = [(0, 0)] * 4
-            zeros[2 + axis] = (taps, 0) if before < after else (0, taps)
-            weight = np.pad(weight, zeros)
+            # the larger padding then stands on both sides
+            rows, pair = after - before, (before, after)
+            weight = self._longer(node, weight, axis, rows, dilation, pair)
         outputs, inputs, *kernel = weight.shape
         groups, padding = node("group", 1), [max(pair) for pair in pads]
         bias = self._weight(node, 2, optional=True)
@@ -515,43 +529,25 @@ class _Reader:
         self.layers.append(_filled(layer, weight, bias))
 
     def _conv_transpose(self, node):
-        weight = self._weight(node, 1)
-        if weight.ndim != 4:
-            raise node.refused(f"its weight of shape {weight.shape} has not 4 axes")
+        weight = self._filters(node)
         kernel = weight.shape[2:]
-        if tuple(node("kernel_shape", kernel)) != kernel:
-            raise node.refused(f"kernel_shape differs from its weight, {weight.shape}")
-        stride, dilation = node("strides", [1, 1]), node("dilations", [1, 1])
-        pads, more = node("pads", [0] * 4), list(node("output_padding", [0, 0]))
-        groups = node("group", 1)
-        if not len(stride) == len(dilation) == len(more) == len(pads) / 2 == 2:
-            raise node.refused("only images of two dimensions are supported")
-        numbers = *stride, *dilation, *kernel, groups
-        if min(numbers) < 1 or min(*pads, *more) < 0 or max(*numbers, *pads) >= 2**31:
-            raise node.refused("a number in its attributes is out of range")
+        stride, dilation, pads, more, auto = self._geometry(node, kernel)
+        cut = self._cut(node, kernel, stride, dilation, pads, more, auto)
         padding = []
-        for axis, (before, after) in enumerate(
-            self._cut(node, kernel, stride, dilation, pads, more)
-        ):
+        for axis, (before, after) in enumerate(cut):
             # Rows that the end has more than with ``before`` cut off on both sides.
-            # Where output_padding cannot stand for them, zeros at one end of the filter
-            # make the whole larger there.
+            # Where output_padding cannot stand for them, longer filters do.
             rest = before - after + more[axis]
             more[axis] = 0
             if 0 <= rest < stride[axis]:
                 more[axis] = rest
             else:
-                taps, odd = divmod(abs(rest), dilation[axis])
-                if odd or taps > weight.shape[2 + axis]:
-                    raise node.refused(
-                        f"its padding is too uneven, {before} and {after}"
-                    )
-                zeros = [(0, 0)] * 4
-                zeros[2 + axis] = (taps, 0) if rest < 0 else (0, taps)
-                weight = np.pad(weight, zeros)
+                pair = before, after
+                weight = self._longer(node, weight, axis, -rest, dilation, pair)
                 before += max(-rest, 0)
             padding.append(before)
         bias = self._weight(node, 2, optional=True)
+        groups = node("group", 1)
         layer = nn.ConvTranspose2d(
             weight.shape[0],
             weight.shape[1] * groups,
@@ -565,11 +561,8 @@ class _Reader:
         )
         self.layers.append(_filled(layer, weight, bias))
 
-    def _cut(self, node, kernel, stride, dilation, pads, more) -> list:
+    def _cut(self, node, kernel, stride, dilation, pads, more, auto) -> list:
         """Rows and columns (before, after) that a ConvTranspose cuts off."""
-        auto = node("auto_pad", b"NOTSET").decode()
-        if auto not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
-            raise node.refused(f"auto_pad is {auto!r}")
         wanted = node("output_shape")
         if wanted is None and auto == "NOTSET":
             return list(zip(pads[:2], pads[2:]))
@@ -723,20 +716,27 @@ class _Reader:
 
     # windows
 
+    def _geometry(self, node, kernel) -> tuple:
+        """Strides, dilations, pads, output_padding and auto_pad of two dimensions."""
+        stride, dilation = node("strides", [1, 1]), node("dilations", [1, 1])
+        pads, more = node("pads", [0] * 4), list(node("output_padding", [0, 0]))
+        auto = node("auto_pad", b"NOTSET").decode()
+        sizes = kernel, stride, dilation, more
+        if any(len(size) != 2 for size in sizes) or len(pads) != 4:
+            raise node.refused("only images of two dimensions are supported")
+        numbers = *stride, *dilation, *kernel, node("group", 1)
+        if min(numbers) < 1 or min(*pads, *more) < 0 or max(*numbers, *pads) >= 2**31:
+            raise node.refused("a number in its attributes is out of range")
+        if auto not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+            raise node.refused(f"auto_pad is {auto!r}")
+        return stride, dilation, pads, more, auto
+
     def _windows(self, node, kernel, ceil_mode=False) -> tuple:
         """Stride, dilation and, for height and width, padding (before, after).
 
         The two are equal where that gives the same output.
         """
-        stride, dilation = node("strides", [1, 1]), node("dilations", [1, 1])
-        pads, auto = node("pads", [0] * 4), node("auto_pad", b"NOTSET").decode()
-        if not len(kernel) == len(stride) == len(dilation) == len(pads) / 2 == 2:
-            raise node.refused("only images of two dimensions are supported")
-        sizes = *stride, *dilation, *kernel, node("group", 1)
-        if min(sizes) < 1 or min(pads) < 0 or max(*sizes, *pads) >= 2**31:
-            raise node.refused("a number in its attributes is out of range")
-        if auto not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
-            raise node.refused(f"auto_pad is {auto!r}")
+        stride, dilation, pads, _, auto = self._geometry(node, kernel)
         image = self.shape[2:] if self.shape and len(self.shape) == 4 else (None, None)
         found = []
         for axis, (step, size) in enumerate(zip(stride, image)):
@@ -968,11 +968,12 @@ _JOINS = ("Concat",)  # beside Add, which may also add a constant
 def _axes_behind(layers, axes):
     """How many axes the output of layers has, if it is known; ``axes``: their input."""
     for layer in layers:
-        if isinstance(layer, (nn.Sequential, nn.Residual, nn.Concat)):
-            parts = list(layer) if isinstance(layer, nn.Sequential) else None
-            if parts is None:
-                parts = [layer[0] if isinstance(layer, nn.Concat) else layer.body]
-            axes = _axes_behind(parts, axes)
+        if isinstance(layer, nn.Sequential):
+            axes = _axes_behind(layer, axes)
+        elif isinstance(layer, nn.Residual):
+            axes = _axes_behind([layer.body], axes)
+        elif isinstance(layer, nn.Concat):
+            axes = _axes_behind([layer[0]], axes)
         elif isinstance(layer, _OF_IMAGES):
             axes = 4
         elif isinstance(layer, _OF_ROWS):
