@@ -572,14 +572,14 @@ class Trainer:
         images : ndarray, Tensor or data.ArrayDataset
             As for :meth:`predict`, at least one image.
         """
-        device, is_log = self.model.device, _ends_in_log_softmax(self.model)
+        device, last = self.model.device, _last_layer(self.model)
         parts = []
         with self._averaged():
             for scores in self._outputs(images):
-                if isinstance(_last_layer(self.model), Softmax):
+                if isinstance(last, Softmax):
                     parts.append(np.array(scores))
                     continue
-                if not is_log:
+                if not isinstance(last, LogSoftmax):
                     ops = for_device(device)
                     scores = ops.log_softmax_forward(Tensor(scores, device))
                 parts.append(np.exp(np.asarray(scores)))
