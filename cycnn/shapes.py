@@ -478,6 +478,14 @@ def check_batch_statistics(x_shape: tuple) -> None:
         )
 
 
+def check_normalized_shape(x_shape: tuple, sizes: tuple) -> None:
+    """x has at least one axis, and behind it axes of these sizes."""
+    if len(x_shape) <= len(sizes) or x_shape[-len(sizes) :] != sizes:
+        raise ShapeError(
+            f"x has shape {x_shape}, expected (N, ..., {', '.join(map(str, sizes))})"
+        )
+
+
 def check_layer_norm(x_shape: tuple, **of_features) -> tuple:
     """x is (N, F), at least one feature, and the others (F,); returns (N, F).
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from .. import shapes
 from ..errors import ShapeError
 from ..ops import for_device
 from .arguments import count, flag, number
@@ -212,11 +213,10 @@ class LayerNorm(Layer):
         weight, bias = self.weight, self.bias
         x = as_input(self, x, None if weight is None else weight.device)
         sizes = self.normalized_shape
-        if len(x.shape) <= len(sizes) or x.shape[-len(sizes) :] != sizes:
-            raise ShapeError(
-                f"{self!r}: x has shape {x.shape}, expected (N, ..., "
-                f"{', '.join(map(str, sizes))})"
-            )
+        try:
+            shapes.check_normalized_shape(x.shape, sizes)
+        except ShapeError as error:
+            raise ShapeError(f"{self!r}: {error}") from None
         rows = x.reshape(math.prod(x.shape[: -len(sizes)]), math.prod(sizes))
         y, mean, variance = for_device(x.device).layer_norm_forward(
             rows, _flat(weight), _flat(bias), self.eps

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from .. import shapes
-from ..errors import ShapeError
 from .activation import (
     GELU,
     LeakyReLU,
@@ -65,11 +64,7 @@ def _batch_norm2d(layer, shape):
 
 
 def _layer_norm(layer, shape):
-    sizes = layer.normalized_shape
-    if len(shape) <= len(sizes) or shape[-len(sizes) :] != sizes:
-        raise ShapeError(
-            f"x has shape {shape}, expected (N, ..., {', '.join(map(str, sizes))})"
-        )
+    shapes.check_normalized_shape(shape, layer.normalized_shape)
     return shape
 
 
