@@ -126,7 +126,6 @@ KERNELS = {
     "first convolution, backward": (conv_backward, FIRST),
     "second convolution, backward": (conv_backward, SECOND),
     "third convolution, backward": (conv_backward, THIRD),
-    "both convolutions, backward": (conv_pair_backward, (32, 64)),
     "linear": (linear_forward, (512, 128)),
     "linear, backward": (linear_backward, (512, 128)),
     "head": (head, (128, 10)),
@@ -147,6 +146,9 @@ SOME_HAVE = [
     (conv_tail, (THIRD, 128, 10), "sm_100", "tf32"),
     (conv_tail_backward, (512, 128, 10), "sm_90", "tf32"),
     (conv_tail_backward, (512, 128, 10), "sm_90", "bf16"),
+    (conv_pair_backward, (32, 64), "sm_90", "fp32"),
+    (conv_pair_backward, (32, 64), "sm_90", "tf32"),
+    (conv_pair_backward, (16, 40), "sm_90", "bf16"),
 ]
 
 
@@ -202,8 +204,11 @@ def disassembler():
 READ_AHEAD = ("third convolution, backward", "linear and head, backward")
 
 
-def instructions(plan, shape, mode, folder):
-    """Waits, loads, products and ends of paths of a kernel, in order."""
+FLOW = r"ACQBULK|EXIT|RET|LDG\S*|\w*MMA|UBLKCP"
+
+
+def instructions(plan, shape, mode, folder, wanted=FLOW):
+    """Of a kernel, in order; by default waits, loads, products and ends of paths."""
     program = disassembler()
     if program is None:
         pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
@@ -213,8 +218,7 @@ def instructions(plan, shape, mode, folder):
     code = subprocess.run(
         [program, "-c", image], capture_output=True, text=True, check=True
     ).stdout
-    words = r"\b(?:ACQBULK|EXIT|RET|LDG\S*|\w*MMA|UBLKCP)\b\S*"
-    return re.findall(words, code)
+    return re.findall(rf"\b(?:{wanted})\b\S*", code)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -257,8 +261,30 @@ def test_fresh_loads_stay_behind_the_wait(plan, shape, mode, tmp_path):
     assert waits and fresh
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_a_pair_are_read_behind_the_wait(mode, tmp_path):
+    """load_fresh (STRONG), where weights are read ahead of the only wait."""
+    words = instructions(conv_pair_backward, (32, 64), mode, tmp_path)
+    waits = [i for i, word in enumerate(words) if word.startswith("ACQBULK")]
+    fresh = [i for i, word in enumerate(words) if "STRONG" in word]
+    assert len(waits) == 1 and fresh
+    assert min(fresh) > waits[0]
+    assert not [word for word in words[waits[0] :] if "CONSTANT" in word]
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (8, 16), (16, 40)])
+def test_products_of_a_pair_are_not_waited_for_one_by_one(shape, tmp_path):
+    """What the assembler does, with little more than a remark, if it sees no way."""
+    words = instructions(
+        conv_pair_backward, shape, "tf32", tmp_path, r"HGMMA|WARPGROUP"
+    )
+    products = [word for word in words if word.startswith("HGMMA")]
+    waits = [word for word in words if word.startswith("WARPGROUP.DEPBAR")]
+    assert len(products) >= 54 and len(waits) < len(products) / 2
+
+
 def test_every_template_is_compiled_here():
-    plans = [*KERNELS.values(), *(some[:2] for some in SOME_HAVE)]
-    used = {plan("sm_90", "tf32", shape)[0] for plan, shape in plans}
+    used = {plan("sm_90", "tf32", shape)[0] for plan, shape in KERNELS.values()}
+    used |= {plan("sm_90", mode, shape)[0] for plan, shape, _, mode in SOME_HAVE}
     folder = kernel_compile.source_directory() / "templates"
     assert used == {path.stem for path in folder.glob("*.cu")}

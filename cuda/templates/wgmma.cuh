@@ -85,6 +85,30 @@ __device__ __forceinline__ void wgmma(float (&d)[n / 2], u64 a_desc, u64 b_desc,
   }
 }
 
+// d += a b in tf32, queued: 64 rows, 40 columns; a is a fragment of mma.sync in each
+// warp (fused.cuh), which stays as it is until the product is done
+__device__ __forceinline__ void wgmma_of_registers(float (&d)[20], const u32 (&a)[4],
+                                                   u64 b_desc) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n40k8.f32.tf32.tf32 {" REGISTERS_16
+      ",%16,%17,%18,%19}, {%20,%21,%22,%23}, %24, 1, 1, 1;"
+      : D16(0), D4(16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc));
+}
+// The same with 16 words of contraction and 24 columns, where a has one number of each
+// two. places: of the 8 numbers of a row 4 bits each, 0x4 for the first and 0xe for the
+// second of two. The lanes t = 0 and 2 of a quad have those of words 0 to 7, t = 1 and 3
+// those of 8 to 15, of row g in the lower half, of g + 8 in the upper one.
+__device__ __forceinline__ void wgmma_sparse_of_registers(float (&d)[12],
+                                                          const u32 (&a)[4], u64 b_desc,
+                                                          u32 places) {
+  asm volatile(
+      "wgmma.mma_async.sp.sync.aligned.m64n24k16.f32.tf32.tf32 {" REGISTERS_8
+      ",%8,%9,%10,%11}, {%12,%13,%14,%15}, %16, %17, 0, 1, 1, 1;"
+      : D8(0), D4(8)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(places));
+}
+
 #undef D4
 #undef D8
 #undef D16

@@ -1,7 +1,7 @@
 """The backward of the first two convolution blocks of a network in one launch.
 
-Launches of ``cuda/templates/conv_pair_backward.cu``, which says how it works and for
-which shapes. It replaces two calls of
+Launches of ``cuda/templates/conv_pair_backward*.cu``; the header that they share says
+how it works and for which shapes. It replaces two calls of
 :func:`cycnn.ops.fused_cuda_backward.conv_block_backward`, the second without dx.
 """
 
@@ -26,36 +26,44 @@ _THREADS = 512
 _MODES = {"fp32": 0, "tf32": 1, "bf16": 1}
 _X, _TAPS, _Y = (1, 28, 28), (5, 5), (12, 12)
 _BLOCK = (2, 2), (1, 1), (0, 0)  # pool, stride, padding
-_CHANNELS = 8  # of y1, of a block
-_DATA_IMAGES, _WEIGHT_IMAGES, _WEIGHT_FILTERS = 4, 8, 32
+# Images and channels of y1 of a block; there are two for these. Filters of each.
+_IMAGES, _CHANNELS, _HALVES, _FILTERS = 8, 8, 2, 32
 _get = gpu_device.get
 
 
-def _shared(channels, filters, parts) -> int:
-    """Bytes of shared memory: the kernel's data_role and weight_role SHARED_WORDS."""
-    windows, plane = 16, _Y[0] * _Y[1]
-    data = filters * _CHANNELS * 25 + parts * _DATA_IMAGES * filters * windows
-    data += _DATA_IMAGES * (28 * 28 + 64) + 544
-    data += _DATA_IMAGES * plane * (_CHANNELS + _CHANNELS // 4)
-    weight = _WEIGHT_IMAGES * _CHANNELS * (plane + 4)
-    weight += parts * _WEIGHT_IMAGES * _WEIGHT_FILTERS * windows
-    weight += ceil_div(4 * (_WEIGHT_FILTERS * _CHANNELS * 5 + 6), 4) * 4
-    return 4 * (data + weight)
+def _shared(filters, mode) -> int:
+    """Bytes of shared memory, as the kernels count them."""
+    windows, plane, taps = 16, _Y[0] * _Y[1], _TAPS[0] * _TAPS[1]
+    words = _IMAGES * plane * _CHANNELS // _HALVES  # dy1
+    words += _IMAGES * plane * _CHANNELS // 4  # code1
+    words += _IMAGES * (16 * 28 + 64) + 544  # x, ones
+    if mode:
+        words += _IMAGES * (filters * windows + 4)
+        words += filters // 4 * taps * (4 * _CHANNELS + 4)
+        words += _Y[0] * (plane // 6 * _CHANNELS + 1) * 4  # y1
+        words += 2 * 64 * _CHANNELS // _HALVES * taps  # sums
+        return 4 * words
+    sums = _FILTERS * _CHANNELS * _TAPS[1] + 6
+    words += 2 * _IMAGES * filters * windows + taps * _CHANNELS * filters
+    words += ceil_div(max(_IMAGES * _CHANNELS * (plane + 4), 8 * sums), 4) * 4
+    return 4 * (words + ceil_div(4 * sums, 4) * 4)
 
 
 @lru_cache(None)
 def _kernel(channels, filters, mode):
+    name = "conv_pair_backward_wgmma" if mode else "conv_pair_backward"
     macros = {
         "C": channels,
         "K": filters,
         "MODE": mode,
-        "SHARED": _shared(channels, filters, 1 if mode else 2),
+        "SHARED": _shared(filters, mode),
     }
     return Kernel(
-        "conv_pair_backward",
-        "conv_pair_backward",
-        "PPPPPPPPPPiii",
+        name,
+        name,
+        "PPPPPPPPPPii",
         tuple(f"-D{name}={value}" for name, value in macros.items()),
+        specific=True,
     )
 
 
@@ -69,8 +77,8 @@ def _fits(x_shape, w1_shape, w2_shape, machine) -> bool:
         and tuple(w2_shape[1:]) == (channels, *_TAPS)
         and channels % _CHANNELS == 0
         and filters % 8 == 0
-        and machine.capability >= (8, 0)
-        and _shared(channels, filters, 2) <= machine.shared[0] * 1024
+        and filters <= _HALVES * _FILTERS
+        and machine.capability == (9, 0)
     )
 
 
@@ -80,23 +88,18 @@ def _machine(index) -> Machine:
     return Machine(gpu.arch, gpu.sm_count)
 
 
-def _splits(n, channels, filters, processors) -> tuple:
-    """(blocks, splits of the second layer's gradients, splits of the first's).
-
-    One block a multiprocessor; it works for both.
-    """
-    c_tiles = channels // _CHANNELS
-    tiles = c_tiles * ceil_div(filters, _WEIGHT_FILTERS)
-    second = min(ceil_div(n, _WEIGHT_IMAGES), max(1, processors // tiles))
-    first = min(ceil_div(n, _DATA_IMAGES), max(1, processors // c_tiles))
-    return max(tiles * second, c_tiles * first), second, first
+def _splits(n, channels, processors) -> tuple:
+    """(blocks, splits of the gradients); one block a multiprocessor."""
+    tiles = _HALVES * channels // _CHANNELS
+    splits = min(ceil_div(n, _IMAGES), max(1, processors // tiles))
+    return tiles * splits, splits
 
 
 def conv_pair_backward_supported(x_shape, first, second, index) -> bool:
     """Whether :func:`conv_pair_backward` can do it on GPU ``index``, in any precision.
 
     It asks for images of 1 x 28 x 28, filters of 5 x 5, windows of 2 x 2, channels in
-    multiples of 8, and about 200 KiB of shared memory a multiprocessor.
+    multiples of 8, at most 64 of the second block, and compute capability 9.0.
 
     Parameters
     ----------
@@ -173,19 +176,21 @@ def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
     if not n:
         return None, None
     gpu = _get(device.index)
-    blocks, *splits = _splits(n, channels, filters, gpu.sm_count)
+    blocks, splits = _splits(n, channels, gpu.sm_count)
     second, first = (
         Partials(
             empty_on_gpu((parts, *w_shape), _FLOAT32, device),
             empty_on_gpu((parts, w_shape[0]), _FLOAT32, device),
         )
-        for parts, w_shape in zip(splits, (weight2.shape, w1_shape))
+        for parts, w_shape in (
+            (splits, weight2.shape),
+            (_HALVES * splits, w1_shape),
+        )
     )
-    kernel = _kernel(channels, filters, _MODES[get_precision()])
-    parts = 2 if get_precision() == "fp32" else 1
-    kernel(
+    mode = _MODES[get_precision()]
+    _kernel(channels, filters, mode)(
         gpu.compute, blocks, _THREADS, dy, code2, y1, code1, x, weight2, *second,
-        *first, n, *splits, shared=_shared(channels, filters, parts), dependent=True,
+        *first, n, splits, shared=_shared(filters, mode), dependent=True,
     )  # fmt: skip
     return second, first
 

@@ -213,7 +213,7 @@ def test_what_is_supported(pair):
         (x, ((6, 1, 5, 5), *BLOCK), ((16, 6, 5, 5), *BLOCK)),
         (x, first, ((64, 32, 3, 3), *BLOCK)),
         (x, (first[0], None, *BLOCK[1:]), second),
-        (x, first, ((512, 32, 5, 5), *BLOCK)),
+        (x, first, ((72, 32, 5, 5), *BLOCK)),
     ):
         assert not pair.conv_pair_backward_supported(*other, 0)
 
