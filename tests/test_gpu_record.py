@@ -235,6 +235,23 @@ def gpu_machine(monkeypatch, tmp_path, driver="1"):
     return ran
 
 
+def test_the_first_tool_has_to_pass(monkeypatch, tmp_path):
+    ran = gpu_machine(monkeypatch, tmp_path)
+    assert record_with(monkeypatch, "--tool=racecheck", "--tool=memcheck") == 1
+    assert ran == ["plain", "racecheck"]
+    assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    "tool, memory, jobs", [("synccheck", 81559, 18), ("synccheck", 9000, 2)]
+    + [("synccheck", 4000, 2), ("memcheck", 4000, 28)]
+)  # fmt: skip
+def test_as_many_processes_as_have_memory(monkeypatch, tool, memory, jobs):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(gpu_record, "ask_driver", lambda field: [f"{memory} MiB"] * 2)
+    assert gpu_record.processes(tool, 28) == jobs
+
+
 def record_with(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["gpu_record.py", *arguments])
     return gpu_record.main()
@@ -245,7 +262,8 @@ def test_a_record_holds_the_tools_that_passed_and_no_other(monkeypatch, tmp_path
     tools = [f"--tool={tool}" for tool in ("memcheck", "racecheck", "initcheck")]
     assert record_with(monkeypatch, *tools) == 1
     record = json.loads((tmp_path / "record.json").read_text())
-    assert list(record["sanitizer"]) == ["memcheck"]
+    # a further tool that finds something does not keep the others from their turn
+    assert list(record["sanitizer"]) == ["initcheck", "memcheck"]
     assert record["tests"]["passed"] == 3 and record["digest"] == "of the sources"
 
 
