@@ -9,7 +9,7 @@ import pytest
 from training import CLASSES, digest, figures, make_model, make_trainer, patterns
 
 import cycnn
-from cycnn import DataError, Trainer, nn, optim
+from cycnn import DataError, Trainer, data, nn, optim
 from cycnn.nn import weights
 from cycnn.train import checkpoint
 
@@ -109,6 +109,40 @@ def test_an_order_that_contradicts_the_epoch_under_way(tmp_path):
     resumed = resume(path, make_trainer())
     with pytest.raises(ValueError, match="seed 5, so it cannot go on with 6"):
         fit(resumed, seed=6)
+
+
+def test_a_checkpoint_says_how_images_are_augmented(tmp_path):
+    path = tmp_path / "run"
+    moved, turned = data.Augment(shift=2), data.Augment(rotation=10)
+    whole = make_trainer()
+    fit(whole, seed=5, augment=moved)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(), seed=5, augment=moved, callbacks=[SaveAt(path, 3)])
+    resumed = resume(path, make_trainer())
+    for other in (None, turned):
+        with pytest.raises(ValueError, match=r"augment Augment\(shift=\(2, 2\)"):
+            fit(resumed, augment=other)
+    fit(resumed, augment=moved)
+    assert digest(resumed) == digest(whole)
+
+
+def test_a_checkpoint_of_before_it_said_so(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    save = checkpoint.save
+
+    def save_as_before(path, model, optimizer, schedule, run, *average):
+        order = {k: v for k, v in run["order"].items() if k != "augment"}
+        save(path, model, optimizer, schedule, run | {"order": order}, *average)
+
+    monkeypatch.setattr(checkpoint, "save", save_as_before)
+    moved = data.Augment(shift=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer(), seed=5, augment=moved, callbacks=[SaveAt(path, 3)])
+    whole = make_trainer()
+    fit(whole, seed=5, augment=moved)
+    resumed = resume(path, make_trainer())
+    fit(resumed, augment=moved)
+    assert digest(resumed) == digest(whole)
 
 
 def test_a_new_run_can_be_saved(tmp_path):

@@ -229,6 +229,15 @@ def _is_history(value):
     return type(value) is list and all(record(row) for row in value)
 
 
+_ORDER = {
+    "seed": _is_seed,
+    "shuffle": lambda value: type(value) is bool,
+    "batch_size": _is_count,
+    "images": _is_count,
+}
+_is_older_order = _fields(**_ORDER)
+_is_order = _fields(**_ORDER, augment=_optional(lambda value: type(value) is str))
+
 _RUN = {
     "epoch": _is_count,
     "step": _is_count,
@@ -238,14 +247,7 @@ _RUN = {
         or (type(value) is list and len(value) > 1 and all(map(_is_number, value)))
     ),
     "seconds": _is_number,
-    "order": _optional(
-        _fields(
-            seed=_is_seed,
-            shuffle=lambda value: type(value) is bool,
-            batch_size=_is_count,
-            images=_is_count,
-        )
-    ),
+    "order": _optional(lambda value: _is_order(value) or _is_older_order(value)),
     "tally": _optional(
         _fields(
             loss_sum=_is_figure,

@@ -325,7 +325,7 @@ class Trainer:
         ------
         ValueError
             For an empty training set, numbers that make no sense, or an order of
-            batches that contradicts the epoch under way.
+            batches or an ``augment`` that contradicts the epoch under way.
         KeyboardInterrupt
             Ctrl-C, once the step under way is complete. ``history``, :meth:`save` and
             another :meth:`fit` work afterwards.
@@ -342,7 +342,7 @@ class Trainer:
             self._check_targets(test)
         if seed is None:
             seed = self.seed if self.seed is not None else random.draw_seed()
-        self._check_order(seed, bool(shuffle), batch_size, len(train))
+        self._check_order(seed, bool(shuffle), batch_size, len(train), augment)
         self.seed = seed
         if self.step:
             # an interrupted epoch; the model may have moved to another device since
@@ -411,16 +411,18 @@ class Trainer:
                 f"ArrayDataset, or a loss of numbers such as MSELoss"
             )
 
-    def _check_order(self, seed, shuffle, batch_size, images):
+    def _check_order(self, seed, shuffle, batch_size, images, augment):
         order = {
             "seed": seed,
             "shuffle": shuffle,
             "batch_size": batch_size,
             "images": images,
+            "augment": None if augment is None else repr(augment),
         }
         if self.step:
             for name, value in order.items():
-                if value != self._order[name]:
+                # older checkpoints do not say how images were augmented
+                if value != self._order.get(name, value):
                     raise ValueError(
                         f"epoch {self.epoch + 1} is under way with {name} "
                         f"{self._order[name]}, so it cannot go on with {value}"
