@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -15,6 +16,13 @@ try:
     import fcntl
 except ImportError:  # not a Unix: temporary files of killed writers stay there
     fcntl = None
+
+# numbers of a file, little-endian whatever the machine is
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?", "C64": "<c8",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
 
 
 def write(path, arrays, metadata=None) -> None:
@@ -53,34 +61,37 @@ def read(path) -> tuple:
         If it holds numbers that NumPy does not have, for instance bfloat16.
     FileNotFoundError
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, deserialize
 
     path = os.fspath(path)
-    # what a folder or an unreadable file is called by safe_open depends on its version
-    with open(path, "rb"):
-        pass
+    # Not mapped: who shortens a mapped file ends the process that reads it.
+    with open(path, "rb") as file:
+        content = file.read()
     try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {}
-            for name in file.keys():
-                kind = file.get_slice(name).get_dtype()
-                if kind.startswith(("BF", "F8", "F4")):
-                    raise TypeError(
-                        f"{path}: {name} holds {kind}, which NumPy cannot read; save "
-                        f"it as float32"
-                    )
-                try:
-                    arrays[name] = file.get_tensor(name)
-                except (ValueError, OverflowError) as error:
-                    # a shape that NumPy refuses, with a 0 in it or of 65 dimensions
-                    raise DataError(
-                        f"{path} is damaged: {name} is no array ({error})"
-                    ) from None
-            return arrays, dict(file.metadata() or {})
+        found = deserialize(content)
     except SafetensorError as error:
         raise DataError(
             f"{path} is damaged or is no safetensors file ({error})"
         ) from None
+    arrays = {}
+    for name, tensor in found:
+        kind = tensor["dtype"]
+        if kind not in _DTYPES:
+            raise TypeError(
+                f"{path}: {name} holds {kind}, which NumPy cannot read; save it as "
+                f"float32"
+            )
+        try:
+            array = np.frombuffer(tensor["data"], _DTYPES[kind])
+            arrays[name] = array.reshape(tensor["shape"])
+        except (ValueError, OverflowError) as error:
+            # a shape that NumPy refuses, with a 0 in it or of 65 dimensions
+            raise DataError(
+                f"{path} is damaged: {name} is no array ({error})"
+            ) from None
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])  # deserialize has checked it
+    return arrays, header.get("__metadata__") or {}
 
 
 def replace_file(path, content: bytes) -> None:
