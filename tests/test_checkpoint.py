@@ -145,6 +145,12 @@ def test_a_checkpoint_of_before_it_said_so(tmp_path, monkeypatch):
     assert digest(resumed) == digest(whole)
 
 
+def test_arrays_of_a_file_come_in_the_order_of_their_names(tmp_path):
+    names = [f"{i % 3}.{i}" for i in range(50)]
+    weights.write(tmp_path / "run", {name: np.zeros(2) for name in names})
+    assert list(weights.read(tmp_path / "run")[0]) == sorted(names)
+
+
 def test_a_new_run_can_be_saved(tmp_path):
     trainer = make_trainer()
     trainer.save(tmp_path / "run")

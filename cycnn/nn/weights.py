@@ -74,7 +74,8 @@ def read(path) -> tuple:
             f"{path} is damaged or is no safetensors file ({error})"
         ) from None
     arrays = {}
-    for name, tensor in found:
+    # they come in an order of chance, and what is wrong is said of the first one
+    for name, tensor in sorted(found, key=lambda item: item[0]):
         kind = tensor["dtype"]
         if kind not in _DTYPES:
             raise TypeError(
