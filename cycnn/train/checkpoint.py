@@ -229,14 +229,13 @@ def _is_history(value):
     return type(value) is list and all(record(row) for row in value)
 
 
-_ORDER = {
-    "seed": _is_seed,
-    "shuffle": lambda value: type(value) is bool,
-    "batch_size": _is_count,
-    "images": _is_count,
-}
-_is_older_order = _fields(**_ORDER)
-_is_order = _fields(**_ORDER, augment=_optional(lambda value: type(value) is str))
+_is_order = _fields(
+    seed=_is_seed,
+    shuffle=lambda value: type(value) is bool,
+    batch_size=_is_count,
+    images=_is_count,
+    augment=_optional(lambda value: type(value) is str),
+)
 
 _RUN = {
     "epoch": _is_count,
@@ -247,7 +246,10 @@ _RUN = {
         or (type(value) is list and len(value) > 1 and all(map(_is_number, value)))
     ),
     "seconds": _is_number,
-    "order": _optional(lambda value: _is_order(value) or _is_older_order(value)),
+    # older files do not say how images were augmented
+    "order": _optional(
+        lambda value: type(value) is dict and _is_order({"augment": None} | value)
+    ),
     "tally": _optional(
         _fields(
             loss_sum=_is_figure,
