@@ -181,11 +181,13 @@ def test_what_some_have_compiles(plan, shape, arch, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_no_double_arithmetic_and_no_float_atomics(kernel, mode):
-    plan, shape = KERNELS[kernel]
-    library, options, _ = plan("sm_80", mode, shape)
-    ptx = compiled(library, options, "compute_80").decode()
+@pytest.mark.parametrize(
+    "plan, shape", [*KERNELS.values(), (conv_pair_backward, (32, 64))]
+)
+def test_no_double_arithmetic_and_no_float_atomics(plan, shape, mode):
+    library, options, specific = plan("sm_80", mode, shape)
+    arch = "compute_90a" if specific else "compute_80"
+    ptx = compiled(library, options, arch).decode()
     assert ".f32" in ptx
     assert ".f64" not in ptx
     assert not re.findall(r"\b(?:atom|red)\.\S*\.(?:f|bf)\d+\S*", ptx)
