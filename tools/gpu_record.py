@@ -61,8 +61,8 @@ TOOLS = {
     # of kernels with many barriers in shared memory it would lose count
     "synccheck": ["--num-cuda-barriers", "65536"],
 }
-# GPU memory (GiB) of a process under a tool that takes much: 14 of them had too little on
-# 80 GB. With room for so many barriers synccheck has that for each of them.
+# GPU memory (GiB) that is reckoned for a process under a tool which takes much, as
+# synccheck does for its barriers: 80 GB were too little for 14 processes.
 TAKES = {"synccheck": 8}
 OPTIONAL = ("--padding", "--racecheck-report", "--num-cuda-barriers")
 # Libraries probe the driver with calls that may fail: those are not our errors.
