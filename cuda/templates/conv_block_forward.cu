@@ -538,6 +538,7 @@ __device__ __forceinline__ void multiply_all(Sums& sums, u32 shared) {
     // where wgmma runs on, the chunk before is complete once only this one is pending
     constexpr int BEHIND = WGMMA && PARTS == 1;
     if (BEHIND) complete<1>(sums);
+    __syncwarp();  // one lane speaks for what all of them have read
     if (threadIdx.x % 32 == 0 && chunk >= BEHIND)
       barrier_arrive(shared + DONE + 8 * (BEHIND ? b ^ 1 : b));
   }
