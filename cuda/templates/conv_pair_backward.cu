@@ -274,25 +274,7 @@ __device__ __forceinline__ void run(u32* shared, const u32* dz_tile, int k0, int
     y = next_y;
   }
 
-  if (c0 == 0) {
-#pragma unroll
-    for (int k = warp_index() % ROLE_WARPS; k < KT; k += ROLE_WARPS) {
-      if (K % KT && k0 + k >= K) break;
-      float sum = 0.0f;
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) {
-        const uint4 v = *(const uint4*)(dz_tile + part * DZ_PART +
-                                        window_at(lane / 4, k0 + k, lane % 4, 0));
-        sum += (value(v.x) + value(v.y)) + (value(v.z) + value(v.w));
-      }
-#pragma unroll
-      for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-      if (lane == 0) {
-        float* const to = dbias2 + (size_t)split * K + k0 + k;
-        *to = first ? sum : *to + sum;
-      }
-    }
-  }
+  if (c0 == 0) bias_gradients<KT>(dz_tile, k0, first, dbias2 + (size_t)split * K + k0);
   sync_role(WEIGHT_ROLE);
   store_sums(late + warp * SLOT + m0 * CT * S, acc);
   sync_role(WEIGHT_ROLE);
@@ -344,8 +326,9 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, 1)
   u32* const w_tile = dz_tile + DZ_WORDS;
   const data_role::Tiles tiles(w_tile + data_role::W_WORDS);
   u32* const of_weights = w_tile + data_role::W_WORDS + data_role::TILE_WORDS;
-  if (threadIdx.x < data_role::STEPS)
-    barrier_init(arrived + 8 * threadIdx.x, ROLE_THREADS);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < data_role::STEPS; ++i)
+      barrier_init(arrived + 8 * i, ROLE_THREADS);
   for (int i = threadIdx.x; i < data_role::ONES; i += 2 * THREADS)
     tiles.ones[i] = __float_as_uint(1.0f);
   __syncthreads();

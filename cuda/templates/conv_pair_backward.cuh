@@ -11,8 +11,7 @@
 //   conv_pair_backward.cu        fp32: all 16 warps have first the one role, then the
 //                                other, since a thread needs many registers
 //   conv_pair_backward_wgmma.cu  tf32: 8 warps each; while one role waits for memory
-//   the
-//                                other multiplies
+//                                the other multiplies
 //
 // The packed gradient. Of the 4 places of a window one at most has a gradient, so dz2,
 // the gradient at the second convolution's output, is a word a window: its value,
@@ -317,3 +316,29 @@ __device__ __forceinline__ void first_gradients(const Tiles& tiles, int half, in
 }
 
 }  // namespace data_role
+
+// ---- weight role: what both kernels do
+namespace weight_role {
+
+// The gradients of the biases of COUNT channels from k0 on, a warp each. to: of k0.
+template <int COUNT>
+__device__ __forceinline__ void bias_gradients(const u32* dz_tile, int k0, bool first,
+                                               float* __restrict__ to) {
+  const int lane = thread_index() % 32, row = lane % 4;
+#pragma unroll 1
+  for (int k = warp_index() % ROLE_WARPS; k < least(COUNT, K - k0); k += ROLE_WARPS) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const uint4 v = *(const uint4*)(dz_tile + part * DZ_PART +
+                                      window_at(lane / 4, k0 + k, PARTS == 2 ? row : 0,
+                                                PARTS == 2 ? 0 : row));
+      sum += (value(v.x) + value(v.y)) + (value(v.z) + value(v.w));
+    }
+#pragma unroll
+    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    if (lane == 0) to[k] = first ? sum : to[k] + sum;
+  }
+}
+
+}  // namespace weight_role

@@ -59,68 +59,81 @@ struct Weights {
   }
 };
 
-// Three rows of dy1 below each other, or their mirror images. upper: rows 0 to 2, which
-// meet p = 0 to 2, else 3 to 5, which meet 0 to 5. low, high: addresses of the windows
-// (0, qq) of a lane's k = t and t + 4; to: of its numbers in the first row of the half.
-__device__ __forceinline__ void make_rows(u32* to, bool upper, bool mirrored, u32 low,
-                                          u32 high, u32 w_tile, u32 even_place,
-                                          u32 odd_place) {
-  constexpr int TAP_ROW = S * W_TAP * 4 / 16, STEP = 2 * W_QUAD * 4 / 16;
-  const u32 places[2] = {mirrored ? odd_place : even_place,
-                         mirrored ? even_place : odd_place};
-  const int next_window = mirrored ? -4 : 4;
-  if (mirrored) low += 12, high += 12;
-  const u64 taps = wgmma_operand(w_tile, W_QUAD * 4, W_TAP * 4);
-  float acc[3][S * 4] = {};
-  // The operand of p, of 8 k, is made while the products of two operands before it run,
-  // which are in other registers. Products read registers long after they are queued,
-  // of which the compiler knows nothing: it must not choose before the wait.
-  const auto make = [&](u32(&a)[4], int p, int step) {
-    u32 windows[4];
+constexpr int TAP_ROW = S * W_TAP * 4 / 16, STEP = 2 * W_QUAD * 4 / 16;
+
+// products(a, j, tap 0 of 8 k) for rows p = first + j of dz2, j = 0 to 2, which lie in
+// two rows of windows. low, high: addresses of the windows (0, qq) of a lane's k = t
+// and t + 4; next_window: bytes to the next row of windows; ..._place: of even and odd
+// p. Windows are loaded most of a step ahead: products read shared memory too, and
+// loads wait for those that are queued. An operand is made while the products of two
+// operands before it run, which are in other registers. Products read registers long
+// after they are queued, of which the compiler knows nothing: it must not choose before
+// the wait.
+template <class Products>
+__device__ __forceinline__ void for_steps(u32 low, u32 high, int next_window,
+                                          u32 even_place, u32 odd_place, int first,
+                                          u64 taps, const Products& products) {
+  u32 windows[2][4];
+  const auto load = [&](int row, int step) {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      windows[e] = load_shared((e / 2 ? high : low) + p / 2 * next_window +
-                               (step * 8 * WINDOWS + e % 2 * DZ_IMAGE) * 4);
-    wgmma_wait<2>();
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      asm volatile("" : "+r"(windows[e]));
-      a[e] = pick(windows[e], p % 2 ? places[1] : places[0]);
-    }
-    wgmma_fence();
+      windows[row][e] =
+          load_shared((e / 2 ? high : low) + (first / 2 + row) * next_window +
+                      (step * 8 * WINDOWS + e % 2 * DZ_IMAGE) * 4);
   };
-  // p meets row h by tap h - p
-  if (!upper) {
-#pragma unroll 1
-    for (int step = 0; step < STEPS; ++step) {
-      u32 a[3][4];
-#pragma unroll
-      for (int p = 0; p < 3; ++p) {
-        make(a[p], p, step);
-#pragma unroll
-        for (int i = 0; i < 3; ++i)
-          if (i + 3 - p < R)
-            wgmma_of_registers(acc[i], a[p],
-                               taps + step * STEP + (i + 3 - p) * TAP_ROW);
-        wgmma_commit();
-      }
-    }
-    wgmma_wait<0>();
-  }
-  const int first = upper ? 0 : 3;
+  load(0, 0);
+  load(1, 0);
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
+    const int next = least(step + 1, STEPS - 1);
     u32 a[3][4];
 #pragma unroll
-    for (int p = 0; p < 3; ++p) {
-      make(a[p], first + p, step);
+    for (int j = 0; j < 3; ++j) {
+      wgmma_wait<2>();
 #pragma unroll
-      for (int i = p; i < 3; ++i)
-        wgmma_of_registers(acc[i], a[p], taps + step * STEP + (i - p) * TAP_ROW);
+      for (int e = 0; e < 4; ++e) {
+        u32 word = windows[j / 2][e];
+        if (j == 1) word = first % 2 ? windows[1][e] : word;
+        asm volatile("" : "+r"(word));
+        a[j][e] = pick(word, (first + j) % 2 ? odd_place : even_place);
+      }
+      if (j > 0) load(j - 1, next);
+      wgmma_fence();
+      products(a[j], j, taps + step * STEP);
       wgmma_commit();
     }
   }
   wgmma_wait<0>();
+}
+
+// Three rows of dy1 below each other, or their mirror images. upper: rows 0 to 2, which
+// meet p = 0 to 2, else 3 to 5, which meet 0 to 5. low, high: see above; to: of a
+// lane's numbers in the first row of the half.
+__device__ __forceinline__ void make_rows(u32* to, bool upper, bool mirrored, u32 low,
+                                          u32 high, u32 w_tile, u32 even_place,
+                                          u32 odd_place) {
+  const int next_window = mirrored ? -4 : 4;
+  if (mirrored) low += 12, high += 12;
+  const u32 even = mirrored ? odd_place : even_place,
+            odd = mirrored ? even_place : odd_place;
+  const u64 taps = wgmma_operand(w_tile, W_QUAD * 4, W_TAP * 4);
+  float acc[3][S * 4] = {};
+  // p meets row h by tap h - p
+  if (!upper)
+    for_steps(low, high, next_window, even, odd, 0, taps,
+              [&](u32(&a)[4], int p, u64 tap) {
+#pragma unroll
+                for (int i = 0; i < 3; ++i)
+                  if (i + 3 - p < R)
+                    wgmma_of_registers(acc[i], a, tap + (i + 3 - p) * TAP_ROW);
+              });
+  const int first = upper ? 0 : 3;
+  for_steps(low, high, next_window, even, odd, first, taps,
+            [&](u32(&a)[4], int j, u64 tap) {
+#pragma unroll
+              for (int i = j; i < 3; ++i)
+                wgmma_of_registers(acc[i], a, tap + (i - j) * TAP_ROW);
+            });
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     const int row = first + i;
@@ -258,19 +271,8 @@ __device__ __forceinline__ void run(u32* shared, const u32* dz_tile, int half, i
         to[i % 4 / 2 * 8 * CHANNELS * RS + i % 2 * RS + i / 4 * 2] = acc[r][i];
   }
 
-  if (c0 == 0 && half == 0) {
-#pragma unroll 1
-    for (int k = warp; k < K; k += ROLE_WARPS) {
-      const uint4 v = *(const uint4*)(dz_tile + window_at(lane / 4, k, 0, lane % 4));
-      float sum = (value(v.x) + value(v.y)) + (value(v.z) + value(v.w));
-#pragma unroll
-      for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-      if (lane == 0) {
-        float* const to = dbias2 + (size_t)split * K + k;
-        *to = first ? sum : *to + sum;
-      }
-    }
-  }
+  if (c0 == 0 && half == 0)
+    bias_gradients<K>(dz_tile, 0, first, dbias2 + (size_t)split * K);
   sync_role(WEIGHT_ROLE);
   constexpr int QUADS = CHANNELS * RS / 4;  // of a row of k
   float* const to = dweight2 + ((size_t)split * K * C + c0 + half * CHANNELS) * RS;
