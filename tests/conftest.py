@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = ROOT / "tests" / "gpu"
 # Set where a GPU must be there (make gpu): a GPU test that is skipped has failed.
 REQUIRE_GPU = os.environ.get("CYCNN_REQUIRE_GPU") == "1"
-SANITIZE = os.environ.get("CYCNN_SANITIZE") == "1"
+SANITIZER = os.environ.get("CYCNN_SANITIZE")  # the tool of compute-sanitizer, if any
 # "2/8": the third of eight processes that share the tests.
 SHARE = os.environ.get("CYCNN_SHARE", "0/1")
 
@@ -43,7 +43,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-        if SANITIZE and item.get_closest_marker("no_sanitizer"):
+        if SANITIZER and item.get_closest_marker("no_sanitizer"):
+            left_out.append(item)
+        elif SANITIZER == "racecheck" and item.get_closest_marker("long"):
             left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -227,6 +227,7 @@ def gpu_machine(monkeypatch, tmp_path, driver="1"):
         "query_device": lambda: {"device": "a GPU", "driver": driver},
         "find_sanitizer": lambda: "sanitizer",
         "sanitizer_command": lambda sanitizer, tool: [sanitizer, "--tool", tool],
+        "sanitizer_version": lambda sanitizer: "1.2",
         "check_leaks": lambda sanitizer: {"bytes": 0, "seconds": 1.0},
         "run_tests": run_tests,
         "digest": lambda *_: "of the sources",
@@ -242,14 +243,14 @@ def test_the_first_tool_has_to_pass(monkeypatch, tmp_path):
     assert not (tmp_path / "record.json").exists()
 
 
-@pytest.mark.parametrize(
-    "tool, memory, jobs", [("synccheck", 81559, 18), ("synccheck", 9000, 2)]
-    + [("synccheck", 4000, 2), ("memcheck", 4000, 28)]
-)  # fmt: skip
-def test_as_many_processes_as_have_memory(monkeypatch, tool, memory, jobs):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(gpu_record, "ask_driver", lambda field: [f"{memory} MiB"] * 2)
-    assert gpu_record.processes(tool, 28) == jobs
+@pytest.mark.parametrize("options", [["--num-cuda-barriers", "256"], []])
+def test_options_that_the_tool_lacks_are_left_out(tmp_path, options):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho Version 1.2 {' '.join(options[:1])}\n")
+    tool.chmod(0o755)
+    command = gpu_record.sanitizer_command(str(tool), "synccheck")
+    assert command[3 + len(gpu_record.COMMON) :] == options
+    assert gpu_record.sanitizer_version(str(tool)) == "1.2"
 
 
 def record_with(monkeypatch, *arguments):

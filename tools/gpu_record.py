@@ -53,18 +53,16 @@ COVERED = (
 )
 # Apart from a test's own failure (1) and a crash, so that the cause can be told.
 ERROR_EXIT = 86
-# Options of each tool; those in OPTIONAL are left out where the tool lacks them.
+# The compiler's count of a kernel's barriers does not see those in dynamic shared
+# memory. So many a block: memory is set aside for them, for all blocks of a launch.
+BARRIERS = ["--num-cuda-barriers", "256"]
+# Options of each tool, left out where it lacks them.
 TOOLS = {
     "memcheck": ["--padding", "512"],
-    "racecheck": ["--racecheck-report", "all"],
+    "racecheck": BARRIERS,
     "initcheck": [],
-    # of kernels with many barriers in shared memory it would lose count
-    "synccheck": ["--num-cuda-barriers", "65536"],
+    "synccheck": BARRIERS,
 }
-# GPU memory (GiB) that is reckoned for a process under a tool which takes much, as
-# synccheck does for its barriers: 80 GB were too little for 14 processes.
-TAKES = {"synccheck": 8}
-OPTIONAL = ("--padding", "--racecheck-report", "--num-cuda-barriers")
 # Libraries probe the driver with calls that may fail: those are not our errors.
 COMMON = [
     "--target-processes", "all",
@@ -202,8 +200,14 @@ def judge_leaks(status: int, output: str) -> None:
 
 
 def find_sanitizer() -> str:
-    """compute-sanitizer: on the path, of a toolkit, or of the PyPI wheel."""
+    """compute-sanitizer: of the PyPI wheel, on the path, or of a toolkit."""
+    spec = importlib.util.find_spec("nvidia")
     folders = [
+        Path(folder) / "cu13" / "bin"
+        for folder in (spec.submodule_search_locations or () if spec else ())
+    ]
+    folders += os.get_exec_path()
+    folders += [
         Path(home) / "bin"
         for home in (
             os.environ.get("CUDA_HOME"),
@@ -212,15 +216,12 @@ def find_sanitizer() -> str:
         )
         if home
     ]
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        folders.append(Path(folder) / "cu13" / "bin")
-    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
+    path = os.pathsep.join(map(str, folders))
     found = shutil.which("compute-sanitizer", path=path)
     if found is None:
         raise Failed(
-            "compute-sanitizer is not on PATH, nor in CUDA_HOME, /usr/local/cuda or "
-            "site-packages (pip install nvidia-cuda-sanitizer-api)"
+            "compute-sanitizer is not in site-packages (pip install "
+            "nvidia-cuda-sanitizer-api), on PATH, in CUDA_HOME or /usr/local/cuda"
         )
     return found
 
@@ -228,9 +229,16 @@ def find_sanitizer() -> str:
 def sanitizer_command(sanitizer: str, tool: str) -> list[str]:
     known = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
     options = TOOLS[tool]
-    if options and options[0] in OPTIONAL and options[0] not in known:
+    if options and options[0] not in known:
         options = []
     return [sanitizer, "--tool", tool, *COMMON, *options]
+
+
+def sanitizer_version(sanitizer: str) -> str:
+    said = subprocess.run(
+        [sanitizer, "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    return re.search(r"Version (\S+)", said)[1]
 
 
 _printing = threading.Lock()
@@ -327,15 +335,6 @@ def visible_gpus() -> list[str]:
     return chosen.split(",")
 
 
-def processes(tool: str, jobs: int) -> int:
-    """How many of ``jobs`` processes the memory of the GPUs is enough for."""
-    if tool not in TAKES:
-        return jobs
-    sizes = [int(size.split()[0]) // 1024 for size in ask_driver("memory.total")]
-    gpus = len(visible_gpus())
-    return min(jobs, max(gpus, gpus * (min(sizes, default=0) // TAKES[tool])))
-
-
 def make_record(tools: list[str], jobs: int, begun: dict | None = None):
     """Run everything, yielding the record after each tool that passes.
 
@@ -364,10 +363,10 @@ def make_record(tools: list[str], jobs: int, begun: dict | None = None):
             continue
         try:
             counts = run_tests(
-                processes(tool, jobs),
+                jobs,
                 sanitizer_command(sanitizer, tool),
                 lambda status, output, _: judge_sanitizer(tool, status, output),
-                CYCNN_SANITIZE="1",
+                CYCNN_SANITIZE=tool,
                 CYCNN_PLAIN_ALLOC="1",
             )
             judge_sanitized_tests(counts, counts["left_out"], plain)
@@ -382,6 +381,7 @@ def make_record(tools: list[str], jobs: int, begun: dict | None = None):
             "passed": counts["passed"],
             "left_out": counts["left_out"],
             "seconds": counts["seconds"],
+            "version": sanitizer_version(sanitizer),
         }
         if digest() != covered:
             raise Failed("the sources changed while the tests ran")

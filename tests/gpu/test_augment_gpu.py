@@ -103,6 +103,7 @@ def fitted(capture, fuse, augment, normalise):
     return digest(trainer), figures(history)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("augment", [None, EVERYTHING])

@@ -259,6 +259,7 @@ def make_trainer(device="cuda", **settings):
     return Trainer(model, nn.NLLLoss(), optimizer, **settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", (False, True), ids=("plain", "fused"))
 def test_recorded_steps_end_with_the_same_bits(fuse):
     trainers = [make_trainer(capture=c, fuse=fuse) for c in (False, True)]
@@ -268,6 +269,7 @@ def test_recorded_steps_end_with_the_same_bits(fuse):
     assert int(trainers[1].model[1].num_batches_tracked.data) == 14
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     whole, first = make_trainer(), make_trainer()
     whole.fit(TRAIN, 3, 32, seed=5)
@@ -279,6 +281,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert digest(resumed) == digest(whole)
 
 
+@pytest.mark.long
 def test_both_devices_agree_over_an_epoch():
     states = []
     for device in ("cpu", "cuda"):
@@ -307,6 +310,7 @@ def test_buffers_move_with_the_layer():
         layer(Tensor(x, "cpu"))
 
 
+@pytest.mark.long
 def test_predictions_use_the_running_statistics_of_now():
     trainer = make_trainer()
     x = normal(9, 1, 6, 6)
@@ -318,6 +322,7 @@ def test_predictions_use_the_running_statistics_of_now():
             np.testing.assert_array_equal(array, want)
 
 
+@pytest.mark.long
 def test_a_folded_model_predicts_the_same():
     trainer = make_trainer()
     trainer.fit(TRAIN, 2, 32, seed=5)

@@ -111,6 +111,7 @@ def trained(capture, fuse):
     return trainer, digest(trainer), figures(history)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_recorded_step_trains_as_an_eager_one(fuse):
     _, *eager = trained(False, fuse)
@@ -120,6 +121,7 @@ def test_a_recorded_step_trains_as_an_eager_one(fuse):
     assert trained(True, fuse)[1:] == tuple(captured)
 
 
+@pytest.mark.long
 def test_fused_blocks_train_as_their_layers():
     plain, *_ = trained(True, False)
     fused, *_ = trained(True, True)

@@ -88,6 +88,7 @@ def test_layer(n):
         np.testing.assert_allclose(b.grad.numpy(), a.grad.numpy(), atol=1e-5 * scale)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_recorded_step_trains_as_an_eager_one(fuse):
     _, *captured = trained("cuda", True, fuse)

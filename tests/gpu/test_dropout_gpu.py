@@ -90,6 +90,7 @@ def make_trainer(device="cuda", seed=3, **settings):
     return Trainer(model, nn.NLLLoss(), optimizer, **settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuse", (False, True), ids=("plain", "fused"))
 def test_recorded_steps_end_with_the_same_bits(fuse):
     trainers = [make_trainer(capture=c, fuse=fuse) for c in (False, True)]
@@ -101,6 +102,7 @@ def test_recorded_steps_end_with_the_same_bits(fuse):
     assert states[0][2] == 26
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path):
     whole, first = make_trainer(), make_trainer()
     whole.fit(TRAIN, 3, 32, seed=5)
@@ -112,6 +114,7 @@ def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path):
     assert digest(resumed) == digest(whole)
 
 
+@pytest.mark.long
 def test_both_devices_agree_over_an_epoch():
     states = []
     for device in ("cpu", "cuda"):

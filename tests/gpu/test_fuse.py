@@ -100,6 +100,7 @@ class Meddler:
 
 # The last batch of 44 has another plan than those of 128, one of 72 has the same. With
 # ten batches, eight steps are one graph.
+@pytest.mark.long
 @pytest.mark.parametrize(
     "images, callbacks", [(300, []), (328, []), (1300, []), (300, [Meddler()])]
 )

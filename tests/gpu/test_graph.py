@@ -123,6 +123,7 @@ def test_captured_training_equals_eager_training(precision, schedule):
     assert digest(trainers[0]) == digest(trainers[1])
 
 
+@pytest.mark.long
 def test_the_reference_network_captured():
     train = patterns(300, side=28, classes=10)
     digests = []

@@ -12,7 +12,7 @@ from cycnn import nn, optim
 from cycnn.gpu import memory
 from cycnn.nn import inference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.long]
 
 
 @pytest.fixture(autouse=True)

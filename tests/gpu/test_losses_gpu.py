@@ -151,6 +151,7 @@ def trainer_of(loss, own, device="cuda", **options):
     return Trainer(model, loss, optimizer, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own", [False, True], ids=["numbers", "autoencoder"])
 @pytest.mark.parametrize("streams", [False, True], ids=["resident", "streams"])
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
@@ -172,6 +173,7 @@ def test_recorded_steps_are_eager_steps(own, streams, fuse, monkeypatch):
             np.testing.assert_array_equal(states[1][name], array)
 
 
+@pytest.mark.long
 def test_the_gpu_trains_as_the_cpu_does():
     losses = [
         trainer_of(nn.SmoothL1Loss(), False, device).fit(
@@ -182,6 +184,7 @@ def test_the_gpu_trains_as_the_cpu_does():
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [{"weight": [1, 2, 3, 4]}, {"label_smoothing": 0.1}, {"ignore_index": 2}],

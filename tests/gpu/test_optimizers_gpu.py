@@ -309,6 +309,7 @@ def assert_equal_bits(found, wanted):
     assert not differ, f"these differ: {differ}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "everything"])
 def test_recorded_steps_are_eager_steps(kind, extras):
@@ -323,6 +324,7 @@ def test_recorded_steps_are_eager_steps(kind, extras):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FUSED)
 @pytest.mark.parametrize("groups", [False, True], ids=["one", "groups"])
 def test_the_fused_update_is_the_plain_one(kind, groups):
@@ -340,6 +342,7 @@ def test_the_fused_update_is_the_plain_one(kind, groups):
         np.testing.assert_allclose(weights[1][name], array, atol=2e-3, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sgd", "centered", "amsgrad"])
 def test_others_fall_back_from_the_fused_update(kind):
     trainer = trainer_of(kind, fuse=True)
@@ -348,6 +351,7 @@ def test_others_fall_back_from_the_fused_update(kind):
     assert fused == pytest.approx(fit(trainer_of(kind, fuse=False))["loss"], rel=2e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["adam", "adagrad"])
 def test_two_fused_runs_have_the_same_bits(kind):
     trainers = [trainer_of(kind, True, 0.9) for _ in range(2)]
@@ -356,6 +360,7 @@ def test_two_fused_runs_have_the_same_bits(kind):
     assert_equal_bits(bits(trainers[1]), bits(trainers[0]))
 
 
+@pytest.mark.long
 def test_clipping_in_fused_steps():
     found = [
         fit(trainer_of("adam", fuse=fuse, clip_grad_norm=0.2))["loss"]
@@ -365,6 +370,7 @@ def test_clipping_in_fused_steps():
     assert found[0] != fit(trainer_of("adam", fuse=False))["loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["whole", "clipped"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, clip):
     path = tmp_path / "run"
@@ -389,6 +395,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, clip):
     assert resumed.history["test_loss"] == whole.history["test_loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_gpu_trains_as_the_cpu_does(kind):
     losses = [

@@ -7,7 +7,7 @@ from training import CLASSES, digest, figures, patterns
 import cycnn
 from cycnn import Trainer, nn, optim
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.long]
 
 TRAIN, TEST = patterns(200), patterns(60, seed=1)  # the last batch is a smaller one
 

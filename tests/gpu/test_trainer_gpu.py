@@ -20,6 +20,7 @@ def fit(trainer, epochs=2, **options):
     return trainer.fit(TRAIN, epochs, 32, seed=5, test=TEST, **options)
 
 
+@pytest.mark.long
 def test_the_gpu_trains_as_the_cpu_does():
     histories = [fit(make_trainer(device=device)) for device in ("cpu", "cuda")]
     for name in ("loss", "test_loss"):
@@ -29,6 +30,7 @@ def test_the_gpu_trains_as_the_cpu_does():
         assert histories[1][name] == pytest.approx(histories[0][name], abs=0.01)
 
 
+@pytest.mark.long
 def test_the_reference_network_trains_as_on_the_cpu():
     # one epoch of four batches; later the paths part by rounding alone
     train = patterns(500, side=28, classes=10)
@@ -44,6 +46,7 @@ def test_the_reference_network_trains_as_on_the_cpu():
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
+@pytest.mark.long
 def test_two_runs_have_the_same_bits():
     trainers = [make_trainer(device="cuda") for _ in range(2)]
     histories = [figures(fit(trainer)) for trainer in trainers]
@@ -51,6 +54,7 @@ def test_two_runs_have_the_same_bits():
     assert histories[0] == histories[1]
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     path = tmp_path / "run"
     whole = make_trainer(device="cuda")
@@ -74,6 +78,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     assert figures(history) == figures(whole.history)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_on_another_device():
     class Stop:
         def on_step_end(self, trainer):
@@ -89,6 +94,7 @@ def test_an_interrupted_run_goes_on_on_another_device():
     assert history["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_predictions():
     trainer = make_trainer(device="cuda")
     fit(trainer)
