@@ -345,6 +345,7 @@ def make_record(tools: list[str], jobs: int, begun: dict | None = None):
     record = query_device()
     print(f"GPU: {record['device']}, driver {record['driver']}", flush=True)
     sanitizer = find_sanitizer()
+    version = sanitizer_version(sanitizer)
     if begun is None:
         record["leaks"] = check_leaks(sanitizer)
         plain = run_tests(
@@ -381,7 +382,7 @@ def make_record(tools: list[str], jobs: int, begun: dict | None = None):
             "passed": counts["passed"],
             "left_out": counts["left_out"],
             "seconds": counts["seconds"],
-            "version": sanitizer_version(sanitizer),
+            "version": version,
         }
         if digest() != covered:
             raise Failed("the sources changed while the tests ran")
