@@ -178,29 +178,29 @@ def give_state(ours, theirs):
 
 def check(found, want, what):
     """Float32 against float64, after sums of some hundred terms."""
-    want = want.detach().numpy() if torch.is_tensor(want) else want
+    want = want.detach().numpy()
     found = np.asarray(found.numpy() if isinstance(found, Tensor) else found)
     assert found.shape == want.shape, what
     scale = max(1.0, np.abs(want).max(initial=0))
     np.testing.assert_allclose(found, want, 1e-4, 2e-5 * scale, err_msg=what)
 
 
-def check_steps(ours, theirs, draw, device, loss=None, optimizer=None):
+def check_steps(ours, theirs, draw, device, optimizer, loss=None):
     """Both take ten steps; everything that they compute is the same.
 
-    After a step PyTorch's parameters become ours, so that rounding does not add up; what
-    the optimizers remember does not.
+    After a step PyTorch's parameters become ours, so that rounding does not add up;
+    what the optimizers remember does not.
 
-    loss: (ours, theirs, a function that makes targets for scores of a shape); without
-    one the gradient by the output is random. optimizer: its number, or drawn.
+    optimizer: its number; one of :func:`optimizers`, if there are parameters. loss:
+    (ours, theirs, a function that makes targets for scores of a shape); without one the
+    gradient by the output is random.
     """
     ours, theirs = ours.to(device), theirs.double()
     give_state(ours, theirs)
     step, other_step = (lambda: None), (lambda: None)
     if ours.parameters():
         kinds = optimizers(draw)
-        drawn = draw(0, len(kinds) - 1)
-        name, options = kinds[drawn if optimizer is None else optimizer % len(kinds)]
+        name, options = kinds[optimizer % len(kinds)]
         step = getattr(optim, name)(ours.parameters(), lr=0.01, **options).step
         other_step = getattr(torch.optim, name)(
             theirs.parameters(), lr=0.01, **options
@@ -247,6 +247,7 @@ def test_layers(device, kind, seed):
         torch.nn.Sequential(getattr(torch.nn, name)(*arguments, **options)),
         draw,
         device,
+        optimizer=seed,
     )
 
 
@@ -329,4 +330,4 @@ def test_networks_losses_and_optimizers(device, seed, kind):
     cycnn.manual_seed(seed)
     models = [network(draw, library, seed) for library in (nn, torch.nn)]
     draw.rng = np.random.default_rng(100 * seed + kind)
-    check_steps(*models, draw, device, losses(draw, classes=4)[kind], seed + kind)
+    check_steps(*models, draw, device, seed + kind, losses(draw, classes=4)[kind])
