@@ -32,10 +32,22 @@ from .cuda_activation import (  # noqa: F401
     tanh_backward,
     tanh_forward,
 )
+from .cuda_augment import (  # noqa: F401
+    augment_images,
+    augment_key,
+    samples_of_step,
+)
 from .cuda_batch_norm import (  # noqa: F401
     batch_norm2d_backward,
     batch_norm2d_forward,
     batch_norm2d_inference,
+)
+from .cuda_blocks import (  # noqa: F401
+    add_relu,
+    concat_backward,
+    concat_forward,
+    zero_pad2d_backward,
+    zero_pad2d_forward,
 )
 from .cuda_common import (
     _BLOCK,
@@ -918,18 +930,6 @@ def _lay_out(feed, tally_arguments, rate_of, dependent=False):
 # operations of other modules, which take their helpers from this one
 
 from . import cuda_depthwise as _depthwise
-from .cuda_augment import (  # noqa: F401
-    augment_images,
-    augment_key,
-    samples_of_step,
-)
-from .cuda_blocks import (  # noqa: F401
-    add_relu,
-    concat_backward,
-    concat_forward,
-    zero_pad2d_backward,
-    zero_pad2d_forward,
-)
 from .cuda_conv_transpose import (  # noqa: F401
     conv_transpose2d_backward,
     conv_transpose2d_forward,

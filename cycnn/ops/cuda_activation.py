@@ -13,7 +13,6 @@ from .cuda_common import (
     _map,
     _map_backward,
     _of_rows,
-    _vectors,
 )
 
 _tanh_forward = Kernel("activation", "tanh_forward", "PPq")
@@ -49,26 +48,13 @@ def tanh_backward(dy, y):
 
 
 def leaky_relu_forward(x, negative_slope):
-    device, n = x.device, x.size
-    y = empty_on_gpu(x.shape, _FLOAT32, device)
-    if n:
-        _leaky_relu_forward(
-            _get(device.index).compute, _vectors(n), _BLOCK, y, x, negative_slope, n
-        )
-    return y
+    return _map(_leaky_relu_forward, x, negative_slope)
 
 
 def leaky_relu_backward(dy, x, negative_slope):
     if dy.shape != x.shape:
         shapes.check_same(x=x.shape, dy=dy.shape)
-    device, n = x.device, x.size
-    dx = empty_on_gpu(x.shape, _FLOAT32, device)
-    if n:
-        _leaky_relu_backward(
-            _get(device.index).compute, _vectors(n), _BLOCK, dx, dy, x, negative_slope,
-            n,
-        )  # fmt: skip
-    return dx
+    return _map_backward(_leaky_relu_backward, dy, x, negative_slope)
 
 
 def gelu_forward(x, approximate):

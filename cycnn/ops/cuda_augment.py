@@ -6,7 +6,16 @@ from ..devices import device as as_device
 from ..gpu.launch import Kernel
 from ..tensor import Tensor, empty_on_gpu
 from . import reference
-from .cuda import _BLOCK, _FLOAT32, _INT32, _UINT8, _get, _images, _int32, _strided
+from .cuda_common import (
+    _BLOCK,
+    _FLOAT32,
+    _INT32,
+    _UINT8,
+    _get,
+    _images,
+    _int32,
+    _strided,
+)
 
 _augment = {
     kind: Kernel("augment", f"augment_images_{kind}", "PPPPPPPiiiiiiiiffi")

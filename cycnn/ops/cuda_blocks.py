@@ -7,7 +7,7 @@ import math
 from .. import shapes
 from ..gpu.launch import Kernel
 from ..tensor import empty_on_gpu
-from .cuda import _BLOCK, _FLOAT32, _MAX_GRID, _get, _images, _vectors, ceil_div
+from .cuda_common import _BLOCK, _FLOAT32, _MAX_GRID, _get, _images, _vectors
 
 _add_relu = Kernel("elementwise", "add_relu", "PPPq")
 _copy_rows = Kernel("blocks", "copy_rows", "PPqqqqqq")
@@ -31,7 +31,7 @@ def _move(target, at, source, start, count):
     n = target.shape[0]
     if not n or not count:
         return
-    blocks = min(ceil_div(count, 4 * _BLOCK), _MAX_GRID)
+    blocks = _vectors(count)
     _copy_rows(
         _get(target.device.index).compute, (blocks, min(n, _MAX_GRID)), _BLOCK,
         target, source, n, count, _rows(target), at, _rows(source), start,

@@ -53,19 +53,19 @@ def _images(n, elements):
     return ceil_div(elements, _BLOCK), min(n, _MAX_GRID)
 
 
-def _map(kernel, x):
+def _map(kernel, x, *options):
     device, n = x.device, x.size
     y = empty_on_gpu(x.shape, _FLOAT32, device)
     if n:
-        kernel(_get(device.index).compute, _vectors(n), _BLOCK, y, x, n)
+        kernel(_get(device.index).compute, _vectors(n), _BLOCK, y, x, *options, n)
     return y
 
 
-def _map_backward(kernel, dy, y):
+def _map_backward(kernel, dy, y, *options):
     if dy.shape != y.shape:
         shapes.check_same(y=y.shape, dy=dy.shape)
     device, n = dy.device, dy.size
     dx = empty_on_gpu(dy.shape, _FLOAT32, device)
     if n:
-        kernel(_get(device.index).compute, _vectors(n), _BLOCK, dx, dy, y, n)
+        kernel(_get(device.index).compute, _vectors(n), _BLOCK, dx, dy, y, *options, n)
     return dx

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from .. import shapes
 from ..errors import ShapeError
-from ..gpu import device as gpu_device
 from ..gpu.launch import Kernel
 from ..shapes import ceil_div
 from ..tensor import empty_on_gpu
 from . import cuda
+from .cuda_common import (
+    _BLOCK,
+    _FLOAT32,
+    _INT32_MAX,
+    _get,
+    _int32,
+    _of_rows,
+    _strided,
+)
 
-_FLOAT32, _INT32 = np.dtype("float32"), np.dtype("int32")
-
-_BLOCK = 256
 _TERMS = 8 * _BLOCK  # that one block sums, if the blocks are not too many
 _MOST_BLOCKS = 1024
-_INT32_MAX = 2**31 - 1
-
-_get = gpu_device.get
 
 _mse_sum = Kernel("loss", "mse_sum", "PPPq")
 _mse_backward = Kernel("loss", "mse_backward", "PPPqf")
@@ -59,9 +59,8 @@ def _slopes(kernel, x, target, mean, *more):
     device, n = x.device, x.size
     dx = empty_on_gpu(x.shape, _FLOAT32, device)
     if n:
-        blocks = min(ceil_div(n, _BLOCK), 65535)
         kernel(
-            _get(device.index).compute, blocks, _BLOCK, dx, x, target, n,
+            _get(device.index).compute, _strided(n), _BLOCK, dx, x, target, n,
             n if mean else 1, *more,
         )  # fmt: skip
     return dx
@@ -106,17 +105,11 @@ def bce_with_logits_backward(x, target, pos_weight, mean):
 def _checked(log_probs, labels, weight, smoothing, ignore_index):
     """(N, F) and what the kernels are told of the options."""
     n, f = shapes.check_labels("log_probs", log_probs.shape, labels.shape)
-    if labels.dtype != _INT32:
-        raise TypeError(f"labels has dtype {labels.dtype}: expected int32")
+    _int32("labels", labels)
     if weight is not None:
         shapes.check_same(weight=weight.shape, classes=(f,))
     ignores = ignore_index is not None
     return (n, f), (smoothing, int(ignores), ignore_index if ignores else 0, n, f)
-
-
-def _rows(n):
-    """Grid of a kernel with a warp a row."""
-    return ceil_div(n, _BLOCK // 32)
 
 
 def weighted_nll_loss_forward(log_probs, labels, weight, smoothing, ignore_index, mean):
@@ -126,7 +119,7 @@ def weighted_nll_loss_forward(log_probs, labels, weight, smoothing, ignore_index
     terms = empty_on_gpu((2, n), _FLOAT32, device)
     if n:
         _weighted_nll_terms(
-            stream, _rows(n), _BLOCK, terms, log_probs, labels, weight, *options
+            stream, _of_rows(n), _BLOCK, terms, log_probs, labels, weight, *options
         )
     loss, total = (empty_on_gpu((), _FLOAT32, device) for _ in range(2))
     _finish_weighted_nll(stream, 1, _BLOCK, loss, total, terms, n, int(mean))
@@ -142,7 +135,7 @@ def weighted_nll_loss_backward(
     dlog_probs = empty_on_gpu(shape, _FLOAT32, device)
     if shape[0]:
         _weighted_nll_backward(
-            _get(device.index).compute, _rows(shape[0]), _BLOCK, dlog_probs, labels,
+            _get(device.index).compute, _of_rows(shape[0]), _BLOCK, dlog_probs, labels,
             weight, total, *options,
         )  # fmt: skip
     return dlog_probs
@@ -168,7 +161,7 @@ def weighted_cross_entropy_backward(
     dlogits = empty_on_gpu(shape, _FLOAT32, device)
     if shape[0]:
         _weighted_cross_entropy_backward(
-            _get(device.index).compute, _rows(shape[0]), _BLOCK, dlogits, log_probs,
+            _get(device.index).compute, _of_rows(shape[0]), _BLOCK, dlogits, log_probs,
             labels, weight, total, *options,
         )  # fmt: skip
     return dlogits

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from .. import shapes
-from ..gpu import device as gpu_device
 from ..gpu.launch import Kernel
-from ..shapes import ceil_div
 from . import reference_optim
-
-_INT32 = np.dtype("int32")
-_BLOCK = 256
-_MAX_GRID = 65535
-
-_get = gpu_device.get
+from .cuda_common import _BLOCK, _get, _int32, _strided
 
 _adam_step = Kernel("optim", "adam_step", "PPPPPPiPffffffffiq")
 _adagrad_step = Kernel("optim", "adagrad_step", "PPPPiPfffq")
@@ -29,8 +20,8 @@ _swap = Kernel("optim", "swap", "PPq")
 
 
 def _check(lr, step, **slabs):
-    if step is not None and step.dtype != _INT32:
-        raise TypeError(f"step has dtype {step.dtype}: expected int32")
+    if step is not None:
+        _int32("step", step)
     given = {name: None if x is None else x.shape for name, x in slabs.items()}
     reference_optim.check_step_count(
         lr.shape, None if step is None else step.shape, **given
@@ -39,7 +30,7 @@ def _check(lr, step, **slabs):
 
 def _launch(kernel, n, on, *arguments):
     # a block counts the step even where there is nothing to update
-    grid = max(1, min(ceil_div(n, _BLOCK), _MAX_GRID))
+    grid = max(1, _strided(n))
     kernel(_get(on.device.index).compute, grid, _BLOCK, *arguments, n)
 
 
