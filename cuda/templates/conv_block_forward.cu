@@ -469,7 +469,8 @@ constexpr int SUM_TILES = sizeof(Sums) / sizeof(((Sums*)0)->d[0]);
 constexpr int TILE_SUMS = sizeof(((Sums*)0)->d[0]) / 4;
 
 // ---- the two kinds of warps. done[b] completes for chunk c when c / 2 + 1 times all
-// warps of multipliers have arrived, b = c % 2; staged[b] likewise with the stagers.
+// multipliers (with wgmma all their warps) have arrived, b = c % 2; staged[b] likewise
+// with the stagers.
 
 // The input of the first chunk must not queue behind the whole ring: some slots first,
 // the others when it has come.
@@ -538,8 +539,8 @@ __device__ __forceinline__ void multiply_all(Sums& sums, u32 shared) {
     // where wgmma runs on, the chunk before is complete once only this one is pending
     constexpr int BEHIND = WGMMA && PARTS == 1;
     if (BEHIND) complete<1>(sums);
-    __syncwarp();  // one lane speaks for what all of them have read
-    if (threadIdx.x % 32 == 0 && chunk >= BEHIND)
+    // each lane for what it has read by ldmatrix, one for the warp's wgmma
+    if ((!WGMMA || threadIdx.x % 32 == 0) && chunk >= BEHIND)
       barrier_arrive(shared + DONE + 8 * (BEHIND ? b ^ 1 : b));
   }
   complete<0>(sums);
@@ -584,7 +585,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) conv_block_
     for (int s = 0; s < SLOTS; ++s) barrier_init(shared + FILLED + 8 * s, arrivals);
     for (int b = 0; b < 2; ++b) {
       barrier_init(shared + STAGED + 8 * b, STAGING);
-      barrier_init(shared + DONE + 8 * b, MULTIPLIERS / 32);
+      barrier_init(shared + DONE + 8 * b, WGMMA ? MULTIPLIERS / 32 : MULTIPLIERS);
     }
     barrier_init_fence();
   }
