@@ -146,7 +146,9 @@ def nothing_fits(monkeypatch):
     monkeypatch.setattr(window, "_SLOT_BYTES", 2 * 32 * 40)
 
 
-@pytest.mark.parametrize("batch_size", [1, 32, 150, 1000])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.long), 32, 150, 1000]
+)
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_set_that_streams_trains_as_one_that_stays(batch_size, capture, request):
     digests = []

@@ -405,6 +405,7 @@ def test_the_gpu_trains_as_the_cpu_does(kind):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
+@pytest.mark.long
 def test_state_moves_between_devices():
     trainer = trainer_of("adam", decay=0.9)
     fit(trainer, 1)
