@@ -1,6 +1,7 @@
 """The largest errors seen: each kind of layer against float64, over random shapes.
 
     python bench/errors.py [--device cpu] [--shapes 40]
+    python bench/errors.py --shapes 8 --kind fused --precision tf32
 
 The error of a result is the length of its difference to the reference over the length
 of the reference (relative L2). Inputs, weights and gradients are drawn from N(0, 1).
@@ -15,6 +16,8 @@ import numpy as np
 import cycnn
 from cycnn import nn
 from cycnn.ops import reference
+
+_MODES = ("fp32", "tf32", "bf16")
 
 
 def draw_conv(rng):
@@ -79,9 +82,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=None, help="cuda where there is a GPU")
     parser.add_argument("--shapes", type=int, default=40, help="of each kind of layer")
+    parser.add_argument(
+        "--kind", default="", help='those with this in their name, for instance "fused"'
+    )
+    parser.add_argument("--precision", choices=_MODES, help="on a GPU; all")
     options = parser.parse_args()
     device = cycnn.device(options.device)
-    modes = ("fp32", "tf32", "bf16") if device.is_cuda else ("fp32",)
+    modes = _MODES if device.is_cuda else ("fp32",)
+    if options.precision and device.is_cuda:
+        modes = (options.precision,)
     kinds = [
         ("Conv2d", draw_conv, False),
         ("Linear", draw_linear, False),
@@ -92,6 +101,8 @@ def main():
         kinds.append(("Linear, fused", draw_linear, True))
     print(f"device {device}, {options.shapes} shapes each; largest relative L2 error")
     for kind, draw, fused in kinds:
+        if options.kind not in kind:
+            continue
         for mode in modes:
             cycnn.set_precision(mode)
             worst = {}
