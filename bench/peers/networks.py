@@ -269,6 +269,8 @@ def load(network, folder, count=None) -> list:
 
 # an eager epoch takes a second and more, so in all precisions only once
 _USUAL = ("cycnn-*", "torch-eager-tf32", "torch-graph-*", "jax-*")
+# which takes half a minute to compile, so in one precision and not everywhere
+_AND_COMPILED = (*_USUAL, "torch-compile-tf32")
 
 
 @dataclass(frozen=True)
@@ -317,18 +319,17 @@ _REFERENCE = "reference network, MNIST"
 _VGG = "VGG-style network, 12,800 images of 3x32x32"
 _RESNET = "ResNet-style network, 12,800 images of 3x32x32"
 SETTINGS = {
-    # torch.compile takes half a minute to compile, so only once
     "reference-128": _training(
         "reference", 128, 5, _REFERENCE,
-        contestants=(*_USUAL, "torch-eager-*", "torch-compile-tf32"),
+        contestants=(*_AND_COMPILED, "torch-eager-*"),
     ),
     "reference-32": _training("reference", 32, 2, _REFERENCE),
     "reference-1024": _training("reference", 1024, 9, _REFERENCE),
     "lenet-128": _training("lenet", 128, 3, "LeNet-5, MNIST"),
     "vgg-128": _training("vgg", 128, 4, _VGG),
     "vgg-512": _training("vgg", 512, 4, _VGG),
-    "resnet-128": _training("resnet", 128, 3, _RESNET),
-    "resnet-512": _training("resnet", 512, 3, _RESNET),
+    "resnet-128": _training("resnet", 128, 3, _RESNET, contestants=_AND_COMPILED),
+    "resnet-512": _training("resnet", 512, 3, _RESNET, contestants=_AND_COMPILED),
     "predict-10000": Setting(
         "predict", "reference", 10_000,
         f"{_REFERENCE}: scores of 10,000 images, from host array to host array",
