@@ -131,10 +131,10 @@ def test_everybody_computes_the_same(name, monkeypatch):
         want = ours(x).numpy()
         found = theirs(torch.from_numpy(x)).detach().numpy()
         np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
-        scores, statistics = contestant.log_probs(
-            network, parameters, statistics, run_jax.nhwc(x), training
-        )
-        np.testing.assert_allclose(np.asarray(scores), want, rtol=1e-4, atol=1e-4)
+        given = parameters, statistics, run_jax.nhwc(x), training
+        for pooling in "reduce_window", "reshape":
+            scores, statistics = contestant.log_probs(network, pooling, *given)
+            np.testing.assert_allclose(np.asarray(scores), want, rtol=1e-4, atol=1e-4)
     assert jax.tree.structure(statistics) == jax.tree.structure(
         run_jax.starting_statistics(network)
     )
