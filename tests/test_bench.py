@@ -1,6 +1,7 @@
 """The benchmarks run, and tell who has learned."""
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -138,6 +139,42 @@ def test_everybody_computes_the_same(name, monkeypatch):
     assert jax.tree.structure(statistics) == jax.tree.structure(
         run_jax.starting_statistics(network)
     )
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
+def test_everybody_trains_the_same(optimizer, monkeypatch):
+    """The weights afterwards: optimizer, falling rate, smaller last batch."""
+    pytest.importorskip("torch")
+    jax = pytest.importorskip("jax")
+    monkeypatch.syspath_prepend(BENCH / "peers")
+    import networks
+    import run_cycnn
+    import run_jax
+    import run_torch
+
+    # large enough to show in a few steps
+    for name, value in ("DECAY", 0.1), ("EPS", 0.01), ("ALPHA", 0.7):
+        monkeypatch.setattr(networks, name, value)
+    layers = networks.Conv(1, 4, 5, pool=True), networks.Linear(576, 10)
+    network = networks.Network(layers, optimizer=optimizer, rate=0.01)
+    monkeypatch.setitem(networks.NETWORKS, "small", network)
+    setting = networks.Setting("train", "small", 2, "")
+    # the same image over and over, since everybody has an order of its own
+    image = np.random.default_rng(0).integers(0, 256, (1, 1, 28, 28), np.uint8)
+    part = networks.Images(image.repeat(5, 0), np.full(5, 3, np.int32))
+
+    def trained(module, kind):
+        options = argparse.Namespace(device="cpu", threads=1, folder=None)
+        contestant = module.Contestant(kind, "fp32", options)
+        seconds, accuracy, _ = contestant.train(setting, [part, part], 2)
+        assert len(seconds) == 2 and accuracy == 1
+        return contestant.weights
+
+    want = trained(run_cycnn, "cycnn")
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    for found, array in zip(trained(run_torch, "torch-eager"), want, strict=True):
+        close(found.numpy(), array)
+    jax.tree.map(close, trained(run_jax, "jax-scan"), run_jax.to_jax(network, want))
 
 
 def run_of(folder, name, device, date, **figures):

@@ -49,7 +49,7 @@ class Contestant:
         }
 
     def train(self, setting, parts, epochs, mark=None, in_a_hurry=False):
-        """As :meth:`run_cycnn.Contestant.train`.
+        """As :meth:`run_cycnn.Contestant.train`; ``weights`` are as in :func:`to_jax`.
 
         ``in_a_hurry``: no trial, and what was compiled is kept for the next process.
         """
@@ -76,6 +76,7 @@ class Contestant:
         scores = self.scores(networks.NETWORKS[setting.network], pooling)
         test, count = nhwc(parts[1].floats()), len(parts[1].labels)
         parameters, _, statistics, _ = state
+        self.weights = parameters
         found = [
             scores(parameters, statistics, test[i : i + 1000])
             for i in range(0, count, 1000)
