@@ -140,10 +140,7 @@ class Data:
 
 def epochs(setting, options):
     """Epochs of a training, those that warm up included."""
-    timed = options.epochs or setting.epochs
-    if options.epochs is None and options.only.startswith("torch-eager"):
-        timed = (timed + 1) // 2  # which take seconds
-    return _WARMUP + timed
+    return _WARMUP + (options.epochs or setting.epochs)
 
 
 def train(contestant, setting, options, data, clock):

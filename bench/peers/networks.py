@@ -326,8 +326,8 @@ SETTINGS = {
     "reference-32": _training("reference", 32, 2, _REFERENCE),
     "reference-1024": _training("reference", 1024, 9, _REFERENCE),
     "lenet-128": _training("lenet", 128, 3, "LeNet-5, MNIST"),
-    "vgg-128": _training("vgg", 128, 4, _VGG),
-    "vgg-512": _training("vgg", 512, 4, _VGG),
+    "vgg-128": _training("vgg", 128, 4, _VGG, contestants=_AND_COMPILED),
+    "vgg-512": _training("vgg", 512, 4, _VGG, contestants=_AND_COMPILED),
     "resnet-128": _training("resnet", 128, 3, _RESNET, contestants=_AND_COMPILED),
     "resnet-512": _training("resnet", 512, 3, _RESNET, contestants=_AND_COMPILED),
     "predict-10000": Setting(

@@ -10,9 +10,8 @@ _COLOURS = {"cycnn": "tab:green", "torch": "tab:orange", "jax": "tab:blue"}
 def merged(contents):
     """The results of several runs as those of one.
 
-    Each result then says in ``run`` which of the runs it is from, from 1 on, and
-    ``about`` is a list of what each run was taken on. The figures of a later run
-    replace those of an earlier one.
+    Each result then says in ``run`` which of the ``runs`` it is from, from 1 on. The
+    figures of a later run replace those of an earlier one.
     """
     if len(contents) == 1:
         return contents[0]
@@ -23,7 +22,7 @@ def merged(contents):
                 found[name][who] = {**result, "run": number}
     order = {name: i for i, name in enumerate(CONTESTANTS)}
     return {
-        "about": [content["about"] for content in contents],
+        "runs": contents,
         "results": {
             name: dict(sorted(results.items(), key=lambda item: order[item[0]]))
             for name, results in found.items()
@@ -40,8 +39,8 @@ def table(content):
     ]
     for name, results in content["results"].items():
         lines += ["", f"{name}: {SETTINGS[name].text}"]
-        lines += _rows(SETTINGS[name], results, content["about"])
-    lines += ["", "x cycnn: time divided by cycnn's in the same precision"]
+        lines += _rows(name, content)
+    lines += ["", "x cycnn: time divided by cycnn's in the same run and precision"]
     finished = [
         result
         for results in content["results"].values()
@@ -55,44 +54,41 @@ def table(content):
 
 def _runs(content):
     """(mark, about) of each run; one alone needs no mark."""
-    about = content["about"]
-    if not isinstance(about, list):
-        return [("", about)]
-    return [(f"[{number}] ", run) for number, run in enumerate(about, 1)]
+    if "runs" not in content:
+        return [("", content["about"])]
+    return [(f"[{i}] ", run["about"]) for i, run in enumerate(content["runs"], 1)]
 
 
 def _mark(result):
     return f" [{result['run']}]" if "run" in result else ""
 
 
-def _machine(result, about):
-    """What the figure was taken on, whenever that was."""
-    if "run" not in result:
-        return None
-    run = about[result["run"] - 1]
-    return {key: value for key, value in run.items() if key != "date"}
+def _ratio(setting, name, content):
+    """The contestant's time divided by cycnn's: of one run, since runs differ."""
+    result = content["results"][setting][name]
+    run = content["runs"][result["run"] - 1] if "run" in result else content
+    own = run["results"][setting].get(f"cycnn-{_precision(name)}", {})
+    return f"{result['median'] / own['median']:.2f}" if "median" in own else "-"
 
 
-def _rows(setting, results, about):
+def _rows(name, content):
+    setting = SETTINGS[name]
     yield (
         f"{'contestant':<20} {setting.unit:>10} {'spread':>17} {'x cycnn':>8} "
         f"{'accuracy':>9}  version, settings"
     )
-    for name, result in results.items():
-        label = name + _mark(result)
+    for who, result in content["results"][name].items():
+        label = who + _mark(result)
         if "error" in result:
             yield f"{label:<20} {result['error'].splitlines()[0]}"
             continue
         times = [setting.scale * seconds for seconds in result["seconds"]]
-        own = results.get(f"cycnn-{_precision(name)}", {})
-        # times of two machines are not to be divided
-        alike = "median" in own and _machine(own, about) == _machine(result, about)
-        ratio = f"{result['median'] / own['median']:.2f}" if alike else "-"
         accuracy = f"{result['accuracy']:.2%}" + "!" * (not result["learned"])
         yield (
             f"{label:<20} {_short(setting.scale * result['median']):>10} "
-            f"{f'{_short(min(times))}..{_short(max(times))}':>17} {ratio:>8} "
-            f"{accuracy:>9}  {result['version']}, {result['settings']}"
+            f"{f'{_short(min(times))}..{_short(max(times))}':>17} "
+            f"{_ratio(name, who, content):>8} {accuracy:>9}  "
+            f"{result['version']}, {result['settings']}"
         )
         if "phases" in result:
             phases = (f"{what} {took:.2f}" for what, took in result["phases"].items())

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import networks
 
@@ -14,10 +15,14 @@ from jax import lax
 
 _NORM_EPS, _NORM_MOMENTUM = 1e-5, 0.1  # PyTorch's and cycnn's defaults
 _MULTIPLY = {"fp32": "float32", "tf32": "tensorfloat32", "bf16": "bfloat16"}
+_POOLINGS = ("reshape", "reduce_window")
 
 
 class Contestant:
     """JAX in one precision; its settings are what made it fastest.
+
+    Of two ways to pool, the quicker one in a short trial competes: which that is
+    depends on precision and version.
 
     Parameters
     ----------
@@ -35,46 +40,53 @@ class Contestant:
         self.compute = jnp.bfloat16 if precision == "bf16" else jnp.float32
         self.prepared, self.scorers = {}, {}
 
-    def prepare(self, pool, setting, parts, epochs):
+    def prepare(self, pool, setting, parts, epochs, in_a_hurry=False):
         """Begin to compile a training: side by side, since each takes 10 s or so."""
-        self.prepared[setting] = pool.submit(self.ready, setting, parts, epochs)
+        given = pool.submit(self.given, setting, parts)
+        self.prepared[setting] = given, {
+            pooling: pool.submit(self.compiled, setting, epochs, pooling, given)
+            for pooling in poolings(setting)[: 1 if in_a_hurry else None]
+        }
 
     def train(self, setting, parts, epochs, mark=None, in_a_hurry=False):
-        """As :meth:`run_cycnn.Contestant.train`.
+        """As :meth:`run_cycnn.Contestant.train`; ``weights`` are as in :func:`to_jax`.
 
-        ``in_a_hurry``: what was compiled is kept for the next process.
+        ``in_a_hurry``: no trial, and what was compiled is kept for the next process.
         """
         if in_a_hurry:
             cache = os.path.join(self.folder, f"jax-{self.precision}")
             jax.config.update("jax_compilation_cache_dir", cache)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        future = self.prepared.pop(setting, None)
-        ready = future.result() if future else self.ready(setting, parts, epochs)
-        train_epoch, state, images, labels = ready
+        if setting not in self.prepared:
+            with ThreadPoolExecutor() as pool:
+                self.prepare(pool, setting, parts, epochs, in_a_hurry)
+        given, futures = self.prepared.pop(setting)
+        state, *data = given.result()
+        ways = {pooling: future.result() for pooling, future in futures.items()}
+        pooling = quickest(ways, lambda way: second_epoch(way, state, data))
+        train_epoch = ways[pooling]
         seconds = []
         if mark:
             mark("model")
         for number in range(epochs):
-            key = jax.block_until_ready(jax.random.key(number))
-            begin = time.perf_counter()
-            state, total = train_epoch(state, key, images, labels)
-            jax.block_until_ready((state, total))
-            seconds.append(time.perf_counter() - begin)
+            state, took = timed(train_epoch, state, number, data)
+            seconds.append(took)
             if mark:
                 mark(f"epoch {number + 1}")
-        scores = self.scores(networks.NETWORKS[setting.network])
+        scores = self.scores(networks.NETWORKS[setting.network], pooling)
         test, count = nhwc(parts[1].floats()), len(parts[1].labels)
         parameters, _, statistics, _ = state
+        self.weights = parameters
         found = [
             scores(parameters, statistics, test[i : i + 1000])
             for i in range(0, count, 1000)
         ]
         accuracy = (np.concatenate(found).argmax(1) == parts[1].labels).mean()
-        settings = f"{self.settings()}, scan over the epoch, donated"
+        settings = f"{self.settings(pooling)}, scan over the epoch, donated"
         return seconds, float(accuracy), settings
 
-    def ready(self, setting, parts, epochs):
-        """(compiled epoch, state to start from, images, labels)."""
+    def given(self, setting, parts):
+        """(state to start from, images, labels)."""
         network = networks.NETWORKS[setting.network]
         images, labels = nhwc(parts[0].floats()), parts[0].labels
         images, labels = jnp.asarray(images), jnp.asarray(labels)
@@ -82,15 +94,20 @@ class Contestant:
         start = networks.ACCUMULATOR if network.optimizer == "rmsprop" else 0.0
         memory = jax.tree.map(lambda p: jnp.full_like(p, start), parameters)
         rate = jnp.float32(network.rate)
-        state = parameters, memory, starting_statistics(network), rate
-        steps = epochs * -(-len(labels) // setting.batch)
-        epoch = self.epoch(network, setting.batch, steps)
-        epoch = jax.jit(epoch, donate_argnums=0)
-        lowered = epoch.lower(state, jax.random.key(0), images, labels)
-        return lowered.compile(), state, images, labels
+        return (parameters, memory, starting_statistics(network), rate), images, labels
 
-    def settings(self):
-        return f"jit, NHWC, {self.multiply} products"
+    def compiled(self, setting, epochs, pooling, given):
+        """The function that trains an epoch on what the future ``given`` brings."""
+        network = networks.NETWORKS[setting.network]
+        state, images, labels = given.result()
+        steps = epochs * -(-len(labels) // setting.batch)
+        epoch = self.epoch(network, pooling, setting.batch, steps)
+        epoch = jax.jit(epoch, donate_argnums=0)
+        return epoch.lower(state, jax.random.key(0), images, labels).compile()
+
+    def settings(self, pooling):
+        found = f"jit, NHWC, {self.multiply} products"
+        return f"{found}, pooling by {pooling}" if pooling else found
 
     def predictor(self, setting, weights, images):
         """As :meth:`run_cycnn.Contestant.predictor`."""
@@ -100,23 +117,36 @@ class Contestant:
             for arrays in to_jax(network, weights)
         ])
         statistics = starting_statistics(network)
-        scores = self.scores(network)
         images = nhwc(images)
-        if setting.resident:  # all of them: a slice would be another launch
+        if setting.resident:
             images = jax.block_until_ready(jnp.asarray(images, self.compute))
-            return lambda part: jax.block_until_ready(
-                scores(parameters, statistics, images)
-            ), self.settings()
-        return lambda part: np.asarray(
-            scores(parameters, statistics, images[part])
-        ), self.settings()
+
+        def scorer(pooling):
+            scores = self.scores(network, pooling)
+            if setting.resident:  # all of them: a slice would be another launch
+                return lambda part: jax.block_until_ready(
+                    scores(parameters, statistics, images)
+                )
+            return lambda part: np.asarray(scores(parameters, statistics, images[part]))
+
+        def seconds(score):
+            took = []
+            for _ in range(6):
+                start = time.perf_counter()
+                score(slice(0, setting.batch))
+                took.append(time.perf_counter() - start)
+            return min(took[3:])
+
+        ways = {pooling: scorer(pooling) for pooling in poolings(setting)}
+        pooling = quickest(ways, seconds)
+        return ways[pooling], self.settings(pooling)
 
     # as in run_cycnn
     array = staticmethod(np.asarray)
 
     # what is compiled
 
-    def log_probs(self, network, parameters, statistics, x, training=False):
+    def log_probs(self, network, pooling, parameters, statistics, x, training=False):
         """The scores, and what the running statistics are afterwards."""
         parameters, statistics, after = iter(parameters), iter(statistics), []
 
@@ -144,26 +174,27 @@ class Contestant:
                     x = x.mean((1, 2)) if layer.mean else x.reshape(len(x), -1)
                     x = jnp.matmul(x, w, precision=self.multiply) + b
                 x = jax.nn.relu(x) if layer is not layers[-1] else x
-                x = max_pool(x) if getattr(layer, "pool", False) else x
+                x = max_pool(x, pooling) if getattr(layer, "pool", False) else x
             return x
 
         x = run(network.layers, x.astype(self.compute))
         return jax.nn.log_softmax(x.astype(jnp.float32)), after
 
-    def scores(self, network):
-        if network not in self.scorers:
-            self.scorers[network] = jax.jit(
-                lambda *given: self.log_probs(network, *given)[0]
-            )
-        return self.scorers[network]
+    def scores(self, network, pooling):
+        key = network, pooling
+        if key not in self.scorers:
+            self.scorers[key] = jax.jit(lambda *given: self.log_probs(*key, *given)[0])
+        return self.scorers[key]
 
-    def epoch(self, network, batch, steps):
+    def epoch(self, network, pooling, batch, steps):
         """The function that trains an epoch in a run of so many steps."""
         rmsprop = network.optimizer == "rmsprop"
         fall = network.rate / steps
 
         def loss(parameters, statistics, x, y):
-            scores, after = self.log_probs(network, parameters, statistics, x, True)
+            scores, after = self.log_probs(
+                network, pooling, parameters, statistics, x, True
+            )
             return -jnp.take_along_axis(scores, y[:, None], 1).mean(), after
 
         def step(state, index, images, targets):
@@ -211,8 +242,41 @@ class Contestant:
         return epoch
 
 
-def max_pool(x):
-    """2 x 2, by reshaping: XLA's reduce_window has a slower gradient."""
+def poolings(setting):
+    """The ways to pool in its network; None if it has nothing to pool."""
+    layers = networks.weighted(networks.NETWORKS[setting.network].layers)
+    pools = any(getattr(layer, "pool", False) for layer in layers)
+    return _POOLINGS if pools else (None,)
+
+
+def quickest(ways, seconds):
+    """The name of the way that takes least; one alone needs no trial."""
+    if len(ways) == 1:
+        return next(iter(ways))
+    return min(ways, key=lambda name: seconds(ways[name]))
+
+
+def second_epoch(train_epoch, state, data):
+    """Its seconds, from a copy of the state, since that is donated."""
+    state = jax.tree.map(jnp.copy, state)
+    state, _ = timed(train_epoch, state, 0, data)
+    return timed(train_epoch, state, 1, data)[1]
+
+
+def timed(train_epoch, state, number, data):
+    """Train the epoch of that number: (state, seconds)."""
+    key = jax.block_until_ready(jax.random.key(number))
+    begin = time.perf_counter()
+    state, total = train_epoch(state, key, *data)
+    jax.block_until_ready((state, total))
+    return state, time.perf_counter() - begin
+
+
+def max_pool(x, pooling):
+    """2 x 2."""
+    if pooling == "reduce_window":
+        window = 1, 2, 2, 1
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 

@@ -78,6 +78,7 @@ class Contestant:
             seconds.append(run.epoch())
             if mark:
                 mark(f"epoch {number + 1}")
+        self.weights = [weight.detach() for weight in run.model.parameters()]
         settings = [layouts[0], *self.settings(), *run.settings()]
         return seconds, run.accuracy(*test), ", ".join(settings)
 
