@@ -400,7 +400,7 @@ def arguments():
     add("--quick", action="store_true",
         help="one timed epoch, one precision: to see that everything works")
     add("--images", type=int, metavar="N", help="take N images of each set only")
-    add("--limit", type=float, default=150, metavar="SECONDS",
+    add("--limit", type=float, default=300, metavar="SECONDS",
         help="that a contestant may take for a network (default %(default)g)")
     add("--threads", type=int, default=2, help="cores to use with --device cpu")
     add("--data", metavar="DIR", help="folder of the MNIST files")
