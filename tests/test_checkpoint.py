@@ -128,13 +128,13 @@ def test_a_checkpoint_says_how_images_are_augmented(tmp_path):
 
 def test_a_checkpoint_of_before_it_said_so(tmp_path, monkeypatch):
     path = tmp_path / "run"
-    save = checkpoint.save
+    packed = checkpoint.packed
 
-    def save_as_before(path, model, optimizer, schedule, run, *average):
+    def packed_as_before(model, optimizer, schedule, run, *average):
         order = {k: v for k, v in run["order"].items() if k != "augment"}
-        save(path, model, optimizer, schedule, run | {"order": order}, *average)
+        return packed(model, optimizer, schedule, run | {"order": order}, *average)
 
-    monkeypatch.setattr(checkpoint, "save", save_as_before)
+    monkeypatch.setattr(checkpoint, "packed", packed_as_before)
     moved = data.Augment(shift=2)
     with pytest.raises(KeyboardInterrupt):
         fit(make_trainer(), seed=5, augment=moved, callbacks=[SaveAt(path, 3)])

@@ -23,13 +23,17 @@ import numpy as np
 from .. import __version__
 from ..errors import DataError
 from ..nn import weights
+from ..nn.inference import turn
 from .history import EpochRecord
 
 _FORMAT = 1
 
 
-def save(path, model, optimizer, schedule, run: dict, average=None) -> None:
-    """Write a checkpoint; ``run`` is anything that JSON can hold."""
+def packed(model, optimizer, schedule, run: dict, average=None) -> tuple:
+    """A checkpoint as the arrays and the metadata that :func:`weights.write` takes.
+
+    ``run`` is anything that JSON can hold.
+    """
     averages = {} if average is None else average.state_dict()
     tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
     for name, buffer in _apart(model).items():
@@ -52,7 +56,7 @@ def save(path, model, optimizer, schedule, run: dict, average=None) -> None:
         },
         default=_plain,
     )
-    weights.write(path, tensors, {"cycnn": text, "sha256": _digest(tensors, text)})
+    return tensors, {"cycnn": text, "sha256": _digest(tensors, text)}
 
 
 def _plain(value):
@@ -101,6 +105,18 @@ def load(path, model, optimizer, schedule, average=None) -> dict:
         if part not in parts or rest in content["optimizer"]:
             raise DataError(f"{path} holds {name}, which no checkpoint has")
         parts[part][rest] = array
+    with turn:  # a prediction meets all of it, or nothing
+        _apply(
+            path, (model, parameters), (optimizer, state), (average, averages), buffers
+        )
+    return content["run"]
+
+
+def _apply(path, model, optimizer, average, buffers) -> None:
+    """Overwrite all, or nothing; each is given with what it is to load."""
+    model, parameters = model
+    optimizer, state = optimizer
+    average, averages = average
     own = _apart(model)
     _check_buffers(path, own, buffers)
     before = model.state_dict()
@@ -121,7 +137,6 @@ def load(path, model, optimizer, schedule, average=None) -> dict:
         raise
     for name, buffer in own.items():
         buffer.data.copy_(buffers[name])
-    return content["run"]
 
 
 def _apart(model) -> dict:

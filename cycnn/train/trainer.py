@@ -19,7 +19,7 @@ import numpy as np
 from .. import random, shapes
 from ..data import ArrayDataset, DataLoader, TargetDataset
 from ..errors import DataError, ShapeError
-from ..nn import LogSoftmax, Predictor, Sequential, Softmax
+from ..nn import LogSoftmax, Predictor, Sequential, Softmax, weights
 from ..nn.inference import BATCH, turn
 from ..nn.loss import ClassLoss
 from ..ops import for_device
@@ -166,6 +166,44 @@ class _InterruptGuard:
             raise KeyboardInterrupt
 
 
+# What trains or resumes at the moment: (trainer, model, thread). A step leaves
+# activations in the layers and gradients in the parameters, so it takes one thread.
+_under_way = []
+_registry = threading.Lock()
+
+
+@contextlib.contextmanager
+def _training_alone(trainer):
+    """A block in which no other thread trains the trainer's model.
+
+    Raises
+    ------
+    RuntimeError
+        If one does already, or the trainer's own fit is under way.
+    """
+    entry = trainer, trainer.model, threading.current_thread()
+    with _registry:
+        for other, model, thread in _under_way:
+            own = thread is entry[2]
+            # a thread that is not alive was left behind by a fork
+            if thread.is_alive() and (
+                other is trainer or (model is trainer.model and not own)
+            ):
+                where = "which this is called from" if own else f"in {thread.name}"
+                raise RuntimeError(
+                    f"a fit of this model is under way, {where}: a model is trained by "
+                    f"one thread at a time. Wait until that fit has ended (stop() ends "
+                    f"it after its epoch), or train a copy.deepcopy of the model with "
+                    f"an optimizer and a Trainer of its own"
+                )
+        _under_way.append(entry)
+    try:
+        yield
+    finally:
+        with _registry:
+            _under_way.remove(entry)
+
+
 class Trainer:
     """Trains a classifier, or a model of numbers, and says how good it is.
 
@@ -222,7 +260,9 @@ class Trainer:
         on_fit_start(trainer)           on_fit_end(trainer), however fit ends
         on_step_end(trainer)            on_epoch_end(trainer, record)
 
-    It may call ``trainer.stop()``, ``trainer.save(path)`` and ``trainer.running()``.
+    It may call ``trainer.stop()``, ``trainer.save(path)``, ``trainer.running()``,
+    :meth:`evaluate`, :meth:`predict` and :meth:`predict_proba`. So may other threads:
+    they take turns with the steps. :meth:`fit` is for one thread at a time.
     """
 
     def __init__(
@@ -326,6 +366,9 @@ class Trainer:
         ValueError
             For an empty training set, numbers that make no sense, or an order of
             batches or an ``augment`` that contradicts the epoch under way.
+        RuntimeError
+            At once, if another thread trains the model, or a callback calls this. The
+            fit under way goes on.
         KeyboardInterrupt
             Ctrl-C, once the step under way is complete. ``history``, :meth:`save` and
             another :meth:`fit` work afterwards.
@@ -340,47 +383,48 @@ class Trainer:
         self._check_targets(train)
         if test is not None:
             self._check_targets(test)
-        if seed is None:
-            seed = self.seed if self.seed is not None else random.draw_seed()
-        self._check_order(seed, bool(shuffle), batch_size, len(train), augment)
-        self.seed = seed
-        if self.step:
-            # an interrupted epoch; the model may have moved to another device since
-            self._partial = self._tally_state()
-
-        device = self.model.device
-        loader = DataLoader(
-            train,
-            batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            device=device,
-            augment=augment,
-        )
-        test_loader = None
-        if test is not None:
-            test_loader = DataLoader(test, BATCH, device=device)
-        self.epochs, self.steps_per_epoch = epochs, len(loader)
-        with turn:
-            self._tally = Tally(loader)
-            steps = self._steps(loader)
-        self._stopped = False
-        if self.epoch >= epochs:
-            _log.warning(
-                "nothing to train: the run has %d epochs already and was asked for %d",
-                self.epoch,
-                epochs,
+        with _training_alone(self):
+            if seed is None:
+                seed = self.seed if self.seed is not None else random.draw_seed()
+            device = self.model.device
+            loader = DataLoader(
+                train,
+                batch_size,
+                shuffle=shuffle,
+                seed=seed,
+                device=device,
+                augment=augment,
             )
-        callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
-        _notify(callbacks, "on_fit_start", self)
-        try:
-            with _InterruptGuard() as guard:
-                while self.epoch < epochs and not self._stopped:
-                    self._run_epoch(steps, callbacks, guard)
-                    self._finish_epoch(len(train), test_loader, callbacks, guard)
-        finally:
-            self._pause_clock()
-            _notify(callbacks, "on_fit_end", self)
+            test_loader = None
+            if test is not None:
+                test_loader = DataLoader(test, BATCH, device=device)
+            with turn:
+                self._check_order(seed, bool(shuffle), batch_size, len(train), augment)
+                self.seed = seed
+                if self.step:
+                    # an interrupted epoch; the model may have moved since
+                    self._partial = self._tally_state()
+                self.epochs, self.steps_per_epoch = epochs, len(loader)
+                self._tally = Tally(loader)
+                steps = self._steps(loader)
+            self._stopped = False
+            if self.epoch >= epochs:
+                _log.warning(
+                    "nothing to train: the run has %d epochs already and was asked for "
+                    "%d",
+                    self.epoch,
+                    epochs,
+                )
+            callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
+            _notify(callbacks, "on_fit_start", self)
+            try:
+                with _InterruptGuard() as guard:
+                    while self.epoch < epochs and not self._stopped:
+                        self._run_epoch(steps, callbacks, guard)
+                        self._finish_epoch(len(train), test_loader, callbacks, guard)
+            finally:
+                self._pause_clock()
+                _notify(callbacks, "on_fit_end", self)
         return self.history
 
     def stop(self) -> None:
@@ -395,7 +439,8 @@ class Trainer:
         """
         if not self.step:
             raise RuntimeError("no epoch is under way")
-        loss, accuracy = self._tally.read()
+        with turn:
+            loss, accuracy = self._tally.read()
         images = min(self.step * self._order["batch_size"], self._order["images"])
         return {
             "loss": loss,
@@ -446,10 +491,11 @@ class Trainer:
     def _run_epoch(self, steps, callbacks, guard):
         watchers = [c for c in callbacks if hasattr(c, "on_step_end")]
         meddling = any(type(watcher) is not ProgressBar for watcher in watchers)
-        self.model.train()
         self._started = time.perf_counter()
         total = self.epochs * self.steps_per_epoch
         with turn:
+            # a prediction leaves the mode as it met it
+            self.model.train()
             tally = self._tally
             tally.clear()
             if self._partial is not None:
@@ -498,18 +544,18 @@ class Trainer:
             test_accuracy=test["accuracy"],
         )
         guard.in_step = True  # all of this, or none
-        self.history.append(record)
-        self.epoch += 1
-        self.step = 0
-        self._seconds = 0.0
+        with turn:
+            self.history.append(record)
+            self.epoch += 1
+            self.step = 0
+            self._seconds = 0.0
         guard.leave_step()
         _notify(callbacks, "on_epoch_end", self, record)
 
     def _elapsed(self) -> float:
         """Seconds of training in the epoch under way, pauses left out."""
-        running = 0.0
-        if self._started is not None:
-            running = time.perf_counter() - self._started
+        started = self._started  # which fit may set to None in another thread
+        running = 0.0 if started is None else time.perf_counter() - started
         return self._seconds + running
 
     def _pause_clock(self):
@@ -530,7 +576,7 @@ class Trainer:
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        with turn, self._averaged():
+        with self._averaged():
             tally = Tally(loader)
             predictor = self._predictor()
             for images, labels in loader:
@@ -591,12 +637,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self):
-        """A block in which the model has the averages, if there are any."""
-        if self.average is None:
-            yield
-            return
-        with turn:  # another thread must not meet them on their way back
-            if self.average.is_applied:
+        """A block in which the model has the averages, if there are any.
+
+        No other thread takes a step within it: all batches meet the same parameters.
+        """
+        with turn:
+            if self.average is None or self.average.is_applied:
                 yield
             else:
                 with self.average.applied():
@@ -630,21 +676,25 @@ class Trainer:
 
         The file (safetensors) holds parameters, optimizer state, position, seed and
         history. It is written beside ``path`` and renamed, so that an interrupted save
-        leaves the old file whole.
+        leaves the old file whole. Called by another thread during :meth:`fit`, it is
+        the state between two steps.
         """
-        state = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "seed": self.seed,
-            "base_lr": self.base_lrs if len(self.base_lrs) > 1 else self.base_lr,
-            "seconds": self._elapsed(),
-            "order": self._order,
-            "tally": self._tally_state(),
-            "history": self.history.to_list(),
-        }
-        checkpoint.save(
-            path, self.model, self.optimizer, self.schedule, state, self.average
-        )
+        with turn:
+            state = {
+                "epoch": self.epoch,
+                "step": self.step,
+                "seed": self.seed,
+                "base_lr": self.base_lrs if len(self.base_lrs) > 1 else self.base_lr,
+                "seconds": self._elapsed(),
+                "order": self._order,
+                "tally": self._tally_state(),
+                "history": self.history.to_list(),
+            }
+            content = checkpoint.packed(
+                self.model, self.optimizer, self.schedule, state, self.average
+            )
+        # nobody waits for the disk
+        weights.write(path, *content)
 
     @classmethod
     def resume(
@@ -680,13 +730,16 @@ class Trainer:
             If the file is no checkpoint, is damaged, or was made by another model,
             optimizer or schedule; the message names the first difference. Nothing is
             changed then.
+        RuntimeError
+            If another thread trains the model.
         FileNotFoundError
         """
         averages = () if average is None else (average,)
-        state = checkpoint.load(path, model, optimizer, schedule, *averages)
         trainer = cls(
             model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
         )
+        with _training_alone(trainer):
+            state = checkpoint.load(path, model, optimizer, schedule, *averages)
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]
