@@ -690,9 +690,8 @@ class Trainer:
                 "tally": self._tally_state(),
                 "history": self.history.to_list(),
             }
-            content = checkpoint.packed(
-                self.model, self.optimizer, self.schedule, state, self.average
-            )
+            parts = self.model, self.loss, self.optimizer, self.schedule
+            content = checkpoint.packed(*parts, state, self.average)
         # nobody waits for the disk
         weights.write(path, *content)
 
@@ -728,18 +727,18 @@ class Trainer:
         ------
         DataError
             If the file is no checkpoint, is damaged, or was made by another model,
-            optimizer or schedule; the message names the first difference. Nothing is
-            changed then.
+            loss, optimizer or schedule; the message names the first difference. Nothing
+            is changed then. Layers and losses of the library are compared with their
+            settings, those of one's own by the name of their class.
         RuntimeError
             If another thread trains the model.
         FileNotFoundError
         """
-        averages = () if average is None else (average,)
         trainer = cls(
             model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
         )
         with _training_alone(trainer):
-            state = checkpoint.load(path, model, optimizer, schedule, *averages)
+            state = checkpoint.load(path, model, loss, optimizer, schedule, average)
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]
