@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import reprlib
 import signal
 import threading
 import time
@@ -20,10 +21,13 @@ from .. import random, shapes
 from ..data import ArrayDataset, DataLoader, TargetDataset
 from ..errors import DataError, ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential, Softmax, weights
+from ..nn.arguments import count
 from ..nn.inference import BATCH, turn
+from ..nn.layer import Layer
 from ..nn.loss import ClassLoss
 from ..ops import for_device
-from ..optim.optimizer import checked
+from ..optim import EMA
+from ..optim.optimizer import Optimizer, checked
 from ..tensor import Tensor, zeros
 from . import checkpoint
 from .history import EpochRecord, History
@@ -219,8 +223,8 @@ class Trainer:
         SmoothL1Loss or BCEWithLogitsLoss. The loss of an epoch is the mean of those of
         its batches, weighted by their images.
     optimizer : optim.Optimizer
-        Of the model's parameters. Its learning rate at this moment is the base that
-        the schedule multiplies.
+        Of the model's parameters, or of some of them. Its learning rate at this moment
+        is the base that the schedule multiplies.
     schedule : callable, optional
         ``schedule(step, total_steps)`` gives the multiplier of the base learning rate
         at each step, both counted over the whole run. See ``optim.schedules``. None
@@ -276,6 +280,7 @@ class Trainer:
         clip_grad_norm=None,
         average=None,
     ):
+        _check_parts(model, loss, optimizer, schedule, average)
         if clip_grad_norm is not None:
             clip_grad_norm = checked("clip_grad_norm", clip_grad_norm, positive=True)
         self.clip_grad_norm = clip_grad_norm
@@ -364,8 +369,11 @@ class Trainer:
         Raises
         ------
         ValueError
-            For an empty training set, numbers that make no sense, or an order of
-            batches or an ``augment`` that contradicts the epoch under way.
+            For an empty training set, numbers that make no sense, an optimizer that
+            holds none of the model's parameters, or an order of batches or an
+            ``augment`` that contradicts the epoch under way.
+        TypeError
+            If ``epochs`` or ``batch_size`` is no integer.
         RuntimeError
             At once, if another thread trains the model, or a callback calls this. The
             fit under way goes on.
@@ -373,11 +381,12 @@ class Trainer:
             Ctrl-C, once the step under way is complete. ``history``, :meth:`save` and
             another :meth:`fit` work afterwards.
         """
-        if epochs < 1 or batch_size < 1:
-            raise ValueError(
-                f"epochs and batch_size must be at least 1, got {epochs} and "
-                f"{batch_size}"
-            )
+        epochs = count(epochs, "fit", "epochs")
+        batch_size = count(batch_size, "fit", "batch_size")
+        # somebody may have given the trainer, or a layer, another part since
+        _check_parts(
+            self.model, self.loss, self.optimizer, self.schedule, self.average
+        )
         if len(train) == 0:
             raise ValueError("the training set is empty")
         self._check_targets(train)
@@ -566,6 +575,12 @@ class Trainer:
     def evaluate(self, dataset, batch_size=BATCH) -> dict:
         """Mean loss and accuracy over a data set.
 
+        Parameters
+        ----------
+        dataset : data.ArrayDataset
+        batch_size : int
+            Images that run at a time.
+
         Returns
         -------
         dict
@@ -596,6 +611,11 @@ class Trainer:
             Shape (N, C, H, W). A dataset is scaled and shifted as it says. An array
             or tensor is taken as it is: floating-point numbers on the scale that the
             model was trained on.
+
+        Notes
+        -----
+        As in NumPy's argmax, NaN counts as the largest score: an image that the model
+        gives nothing but NaN for gets class 0. :meth:`predict_proba` shows the NaN.
         """
         parts = []
         with self._averaged():
@@ -758,6 +778,52 @@ def _notify(callbacks, event, *args):
             method(*args)
         elif event == "on_epoch_end" and callable(callback):
             callback(*args)
+
+
+def _check_parts(model, loss, optimizer, schedule, average) -> None:
+    """TypeError or ValueError if they are not what a Trainer is made of."""
+    for name, value, wanted, fits in (
+        ("model", model, "an nn.Layer", isinstance(model, Layer)),
+        (
+            "loss",
+            loss,
+            "a loss such as nn.CrossEntropyLoss()",
+            callable(loss) and callable(getattr(loss, "backward", None)),
+        ),
+        (
+            "optimizer",
+            optimizer,
+            "an optim.Optimizer such as optim.Adam(model.parameters())",
+            isinstance(optimizer, Optimizer),
+        ),
+        (
+            "schedule",
+            schedule,
+            "None or schedule(step, total_steps)",
+            schedule is None or callable(schedule),
+        ),
+        (
+            "average",
+            average,
+            "None or an optim.EMA",
+            average is None or isinstance(average, EMA),
+        ),
+    ):
+        if isinstance(value, type):
+            raise TypeError(
+                f"{name} is the class {value.__name__}: write {value.__name__}(...)"
+            )
+        if not fits:
+            raise TypeError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
+    own = {id(parameter) for _, parameter in model._walk()}
+    for name, holder in (("optimizer", optimizer), ("average", average)):
+        # some are enough: the others may be of a loss that learns
+        if holder is not None and own.isdisjoint(map(id, holder._params)):
+            raise ValueError(
+                f"the {name} holds none of the model's parameters, so it would do "
+                f"nothing: {holder!r}. Make it of model.parameters() of the model that "
+                f"the Trainer is given (a copy has parameters of its own)"
+            )
 
 
 def _ends_in_log_softmax(model) -> bool:
