@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 
 _generator = None
 # inside of seeded(): the generator of this thread
@@ -46,10 +47,18 @@ def seeded(seed: int):
 def _seeded_generator(seed):
     import numpy as np
 
-    seed = int(seed)
-    if not 0 <= seed < 2**64:
+    return np.random.Generator(np.random.Philox(checked_seed(seed)))
+
+
+def checked_seed(seed) -> int:
+    """A seed as an int, from 0 to 2**64 - 1."""
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed must be an integer, got {seed!r}") from None
+    if not 0 <= number < 2**64:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
-    return np.random.Generator(np.random.Philox(seed))
+    return number
 
 
 def generator():

@@ -128,13 +128,14 @@ def test_a_checkpoint_says_how_images_are_augmented(tmp_path):
 
 def test_a_checkpoint_of_before_it_said_so(tmp_path, monkeypatch):
     path = tmp_path / "run"
-    save = checkpoint.save
+    packed = checkpoint.packed
 
-    def save_as_before(path, model, optimizer, schedule, run, *average):
+    def packed_as_before(model, loss, optimizer, schedule, run, average):
         order = {k: v for k, v in run["order"].items() if k != "augment"}
-        save(path, model, optimizer, schedule, run | {"order": order}, *average)
+        run = run | {"order": order}
+        return packed(model, loss, optimizer, schedule, run, average)
 
-    monkeypatch.setattr(checkpoint, "save", save_as_before)
+    monkeypatch.setattr(checkpoint, "packed", packed_as_before)
     moved = data.Augment(shift=2)
     with pytest.raises(KeyboardInterrupt):
         fit(make_trainer(), seed=5, augment=moved, callbacks=[SaveAt(path, 3)])
@@ -184,16 +185,165 @@ def with_layers(*layers):
     return Trainer(model, nn.NLLLoss(), optimizer, LINEAR)
 
 
+def unsaid(path, *names):
+    """Make of a file one of before it said what it says under these names."""
+    tensors, metadata = weights.read(path)
+    content = json.loads(metadata["cycnn"])
+    for name in names:
+        del content[name]
+    text = json.dumps(content)
+    digest = checkpoint._digest(tensors, text)
+    weights.write(path, tensors, {"cycnn": text, "sha256": digest})
+    return path
+
+
 def test_another_model(saved):
-    conv, linear = nn.Conv2d(1, 4, 3), nn.Linear(64, CLASSES + 1)
-    wider = with_layers(conv, nn.ReLU(), nn.Flatten(), linear, nn.LogSoftmax())
+    def models():
+        conv, linear = nn.Conv2d(1, 4, 3), nn.Linear(64, CLASSES + 1)
+        yield with_layers(conv, nn.ReLU(), nn.Flatten(), linear, nn.LogSoftmax())
+        yield with_layers(nn.Linear(2, 2))
+        conv, linear = nn.Conv2d(1, 4, 3), nn.Linear(64, CLASSES)
+        yield with_layers(conv, nn.Flatten(), linear)
+
+    wider, other, shorter = models()
+    refused(saved, wider, r"layer 3 is Linear\(64, 4\), here Linear\(64, 5\)")
+    refused(saved, other, r"layer 0 is Conv2d\(1, 4, .*, here Linear\(2, 2\)")
+    refused(saved, shorter, r"layer 1 is ReLU\(\), here Flatten\(\)")
+    # shapes and names, where nothing else is known
+    unsaid(saved, "layers", "loss")
     refused(saved, wider, r"parameter 3.weight has shape \(5, 64\), given is \(4, 64\)")
-    refused(saved, with_layers(nn.Linear(2, 2)), "0.weight")
-    refused(
-        saved,
-        with_layers(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, CLASSES)),
-        "parameter 2.weight is missing",
-    )
+    refused(saved, other, "0.weight")
+    refused(saved, shorter, "parameter 2.weight is missing")
+
+
+class Own(nn.ReLU):
+    """Its repr says where it lies, and then nothing."""
+
+    def __repr__(self):
+        return object.__repr__(self)
+
+    def _settings(self):
+        raise NotImplementedError
+
+
+class Other(nn.ReLU):
+    pass
+
+
+def five(*activation, flatten=nn.Flatten):
+    conv, linear = nn.Conv2d(1, 4, 3), nn.Linear(64, CLASSES)
+    return with_layers(conv, *activation, flatten(), linear, nn.LogSoftmax())
+
+
+def with_norm(**settings):
+    conv, linear = nn.Conv2d(1, 4, 3), nn.Linear(64, CLASSES)
+    norm = nn.BatchNorm2d(4, **settings)
+    return with_layers(conv, norm, nn.Flatten(), linear, nn.LogSoftmax())
+
+
+def branched(body, shortcut=None):
+    block = nn.Residual(nn.Sequential(*body), shortcut)
+    linear = nn.Linear(36, CLASSES)
+    return with_layers(block, nn.Flatten(), linear, nn.LogSoftmax())
+
+
+@pytest.mark.parametrize(
+    "saved, given, message",
+    [
+        (five(nn.ReLU()), five(nn.Sigmoid()), r"1 is ReLU\(\), here Sigmoid\(\)"),
+        (five(Own()), five(Other()), "1 is Own, here Other"),
+        (five(Own()), five(nn.ReLU()), r"1 is Own, here ReLU\(\)"),
+        (
+            five(nn.Dropout(0.5)),
+            five(nn.Dropout(0.4)),
+            r"1 is Dropout\(p=0.5\), here Dropout\(p=0.4\)",
+        ),
+        (
+            with_norm(),
+            with_norm(momentum=0.2),
+            r"1 is BatchNorm2d\(4\), here BatchNorm2d\(4, momentum=0.2\)",
+        ),
+        (
+            branched([nn.ReLU()]),
+            branched([nn.Sigmoid()]),
+            r"0.body.0 is ReLU\(\), here Sigmoid\(\)",
+        ),
+        (
+            branched([nn.ReLU(), nn.ReLU()]),
+            branched([nn.ReLU()]),
+            r"a layer 0.body.1, ReLU\(\), where this one has 1, Flatten\(\)",
+        ),
+        (
+            with_layers(nn.Flatten(), nn.Linear(36, CLASSES), nn.LogSoftmax()),
+            with_layers(nn.Flatten(), nn.Linear(36, CLASSES)),
+            r"its layer 2, LogSoftmax\(dim=1\), is not in this one",
+        ),
+        (
+            with_layers(nn.Flatten(), nn.Linear(36, CLASSES)),
+            with_layers(nn.Flatten(), nn.Linear(36, CLASSES), nn.LogSoftmax()),
+            r"it has no layer 2, here LogSoftmax\(dim=1\)",
+        ),
+    ],
+)
+def test_layers_that_compute_something_else(tmp_path, saved, given, message):
+    path = tmp_path / "run"
+    saved.save(path)
+    refused(path, given, f"is of another model: .*{message}")
+    resume(path, saved)
+    # a file of before layers were named is taken by what has its shapes
+    kept = given.model.state_dict()
+    if kept.keys() == saved.model.state_dict().keys():
+        resume(unsaid(path, "layers", "loss"), given)
+
+
+def test_a_fused_model_is_the_same_one(tmp_path):
+    def fused(trainer):
+        model = nn.fuse(trainer.model)
+        optimizer = optim.RMSprop(model.parameters(), lr=0.01)
+        return Trainer(model, trainer.loss, optimizer, LINEAR)
+
+    for make in (make_trainer, lambda: branched([nn.ReLU()])):
+        fused(make()).save(tmp_path / "fused")
+        make().save(tmp_path / "plain")
+        for name in ("fused", "plain"):
+            resume(tmp_path / name, make())
+            resume(tmp_path / name, fused(make()))
+
+
+def with_loss(loss):
+    model = make_model()
+    return Trainer(model, loss, optim.RMSprop(model.parameters(), lr=0.01), LINEAR)
+
+
+class OwnLoss(nn.CrossEntropyLoss):
+    def __repr__(self):
+        return object.__repr__(self)
+
+
+@pytest.mark.parametrize(
+    "saved, given, message",
+    [
+        (nn.NLLLoss(), nn.CrossEntropyLoss(), r"NLLLoss\(\), this is CrossEnt"),
+        (
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+            nn.CrossEntropyLoss(),
+            r"\(label_smoothing=0.1\), this is CrossEntropyLoss\(\)",
+        ),
+        (
+            nn.NLLLoss(weight=[1, 2, 3, 4]),
+            nn.NLLLoss(weight=np.array([1, 2, 3, 5])),
+            r"\[1.0, 2.0, 3.0, 4.0\]\), .*\[1.0, 2.0, 3.0, 5.0\]\)",
+        ),
+        (OwnLoss(), nn.CrossEntropyLoss(), r"OwnLoss, this is CrossEntropyLoss\(\)"),
+        (nn.NLLLoss(weight=range(99)), OwnLoss(), r"\.\.\., this is OwnLoss"),
+    ],
+)
+def test_another_loss(tmp_path, saved, given, message):
+    path = tmp_path / "run"
+    with_loss(saved).save(path)
+    refused(path, with_loss(given), f"was made with the loss .*{message}")
+    resume(path, with_loss(saved))
+    resume(unsaid(path, "loss"), with_loss(given))
 
 
 def test_another_optimizer(saved):

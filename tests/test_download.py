@@ -4,14 +4,19 @@ import gzip
 import hashlib
 import io
 import random
+import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+import cycnn
 from cycnn import DataError
 from cycnn.data import download, mnist
 from cycnn.data.download import fetch
@@ -76,6 +81,13 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             server.over.wait(30)
+            return
+        elif manner == "drips":
+            for start in range(0, len(body), 10_000):
+                self.wfile.write(body[start : start + 10_000])
+                self.wfile.flush()
+                if server.over.wait(0.05):
+                    return
             return
         self.wfile.write(body)
 
@@ -302,6 +314,48 @@ def test_interrupted_it_keeps_the_part(serve, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fetch(NAMES, [serve().url], tmp_path)
     assert (tmp_path / "a.gz.part").read_bytes() == PACKED
+
+
+@pytest.mark.parametrize(
+    "manner, enough", [("drips", 50_000), ("stalls", len(PACKED) // 2), ("mute", 0)]
+)
+def test_a_real_ctrl_c_keeps_what_is_there(serve, tmp_path, manner, enough):
+    server, folder = serve(manner), tmp_path / "mnist"
+    part = folder / "a.gz.part"
+    code = f"""if True:
+        from pathlib import Path
+        from cycnn.data.download import fetch
+        fetch({NAMES!r}, [{server.url!r}], Path({str(folder)!r}))
+    """
+    root = Path(cycnn.__file__).resolve().parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not server.asked or not part.exists() or part.stat().st_size < enough:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=5)  # not only after TIMEOUT
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert names_in(folder) == (["a.gz.part"] if enough else [])
+    have = part.stat().st_size if enough else 0
+    assert enough <= have < len(PACKED)
+    if enough:
+        assert part.read_bytes() == PACKED[:have]
+    server.manner = "good"
+    fetch(NAMES, [server.url], folder)
+    assert server.asked[1:] == [("/a.gz", f"bytes={have}-" if have else None)]
+    assert (folder / "a.gz").read_bytes() == PACKED
+    assert names_in(folder) == ["a.gz"]
 
 
 # the bar

@@ -232,7 +232,7 @@ def test_a_checkpoint_of_other_layers_is_refused(tmp_path, dropout):
         checkpoint._check_buffers("run", own, content)
     other = make_trainer(dropout=dropout)
     before = digest(other)
-    with pytest.raises(DataError, match="of another run") as caught:
+    with pytest.raises(DataError, match="of another model") as caught:
         Trainer.resume(tmp_path / "run", other.model, other.loss, other.optimizer)
     assert os.fspath(tmp_path / "run") in str(caught.value)
     assert digest(other) == before

@@ -230,6 +230,13 @@ def signed(run, change):
         (lambda said, _: said.pop("format"), "its JSON has no format"),
         (lambda said, _: said.pop("optimizer"), "optimizer is None"),
         (lambda said, _: said.update(run=[]), r"run is \[\]"),
+        (lambda said, _: said.update(layers={}), r"layers is \{\}"),
+        (lambda said, _: said["layers"].append([0, "ReLU", ""]), r"layers is \[\["),
+        (lambda said, _: said["layers"][1].append(""), r"layers is \[\["),
+        (lambda said, _: said["layers"].append(["9", "X", None]), "layer 9, X, is not"),
+        (lambda said, _: said["layers"].clear(), r"layers is \[\]"),
+        (lambda said, _: said.update(loss=3), "loss is 3"),
+        (lambda said, _: said.update(loss=""), "made with the loss , this is NLLLoss"),
         (lambda said, _: said["run"].pop("tally"), "its run has no tally"),
         (lambda said, _: said["run"].update(epoch="1"), "epoch is '1'"),
         (lambda said, _: said["run"].update(tally=None), "step 2 of an epoch without"),
@@ -336,9 +343,9 @@ def test_the_tool_finds_what_takes_long(tmp_path, capsys, monkeypatch):
 def test_the_tool_finds_a_changed_model(tmp_path, capsys, monkeypatch):
     load = checkpoint.load
 
-    def careless(path, model, optimizer, schedule):
+    def careless(path, model, *others):
         try:
-            return load(path, model, optimizer, schedule)
+            return load(path, model, *others)
         except DataError:
             model.parameters()[0].data.fill_(7)
             raise

@@ -241,10 +241,10 @@ def test_read_only_arrays_can_be_loaded():
     [
         (dict(batch_size=0), ValueError, "batch_size must be 1 or more, got 0"),
         (dict(batch_size=-4), ValueError, "batch_size must be 1 or more, got -4"),
-        (dict(batch_size=1.5), TypeError, "float"),
+        (dict(batch_size=1.5), TypeError, "batch_size must be an integer, got 1.5"),
         (dict(seed=-1), ValueError, "seed must be from 0"),
         (dict(seed=2**64), ValueError, "seed must be from 0"),
-        (dict(seed="one"), TypeError, "str"),
+        (dict(seed="one"), TypeError, "seed must be an integer, got 'one'"),
         (dict(device="gpu"), ValueError, "unknown device 'gpu'"),
         (dict(dataset=np.zeros((3, 1, 2, 2))), TypeError, "ArrayDataset.* got ndarray"),
     ],

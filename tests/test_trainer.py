@@ -1,8 +1,10 @@
 """Trainer: what it computes, when it waits, and how it is interrupted."""
 
+import copy
 import io
 import logging
 import math
+import re
 import signal
 import threading
 
@@ -475,3 +477,112 @@ def test_labels_out_of_range_on_the_cpu():
     dataset = ArrayDataset(TRAIN.images, labels, TRAIN.scale, TRAIN.shift)
     with pytest.raises(cycnn.DataError, match="11"):
         make_trainer().fit(dataset, 1, 32)
+
+
+# what no trainer is made of
+
+
+class NoLoss:
+    """Has a forward and no backward."""
+
+    def __call__(self, scores, labels):
+        return scores
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model=None), "model must be an nn.Layer, got None"),
+        (dict(model=lambda x: x), "model must be an nn.Layer, got <function"),
+        (dict(model=nn.Sequential), r"class Sequential: write Sequential\(...\)"),
+        (dict(loss=3), r"loss must be a loss such as nn.CrossEntropyLoss\(\), got 3"),
+        (dict(loss=NoLoss()), "loss must be a loss .*, got <"),
+        (dict(loss=nn.NLLLoss), r"loss is the class NLLLoss: write NLLLoss\(...\)"),
+        (dict(optimizer=None), "optimizer must be an optim.Optimizer .*, got None"),
+        (dict(optimizer=0.1), "optimizer must be an optim.Optimizer .*, got 0.1"),
+        (dict(schedule=0.5), "schedule must be None or schedule.*, got 0.5"),
+        (dict(average=0.999), "average must be None or an optim.EMA, got 0.999"),
+    ],
+)
+def test_parts_of_another_kind(change, message):
+    trainer = make_trainer()
+    names = ("model", "loss", "optimizer", "schedule", "average")
+    parts = {name: getattr(trainer, name) for name in names}
+    with pytest.raises(TypeError, match=message):
+        Trainer(**(parts | change))
+    # also where somebody puts it into a trainer that there is
+    for name, value in change.items():
+        setattr(trainer, name, value)
+    before = make_trainer()
+    with pytest.raises(TypeError, match=message):
+        fit(trainer)
+    if "model" not in change and "optimizer" not in change:
+        assert digest(trainer) == digest(before)
+
+
+def test_an_optimizer_of_another_model():
+    model, other = make_model(), make_model()
+    loss, foreign = nn.NLLLoss(), optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer holds none of the model's param"):
+        Trainer(model, loss, foreign)
+    own = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="average holds none of the model's parame"):
+        Trainer(model, loss, own, average=optim.EMA(other.parameters()))
+    trainer = Trainer(model, loss, own)
+    trainer.model = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="a copy has parameters of its own"):
+        fit(trainer)
+
+
+def test_an_optimizer_of_a_part_of_the_model():
+    model = make_model()
+    before = model.state_dict()
+    some = model[3].parameters()
+    trainer = Trainer(model, nn.NLLLoss(), optim.SGD(some, lr=0.1))
+    fit(trainer)
+    changed = {k for k, v in model.state_dict().items() if (v != before[k]).any()}
+    assert changed == {"3.weight", "3.bias"}
+    # and one of more than the model
+    more = model.parameters() + make_model().parameters()
+    fit(Trainer(model, nn.NLLLoss(), optim.SGD(more, lr=0.1)))
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size"])
+@pytest.mark.parametrize("value", [float("nan"), 1.5, 8.0, "8", None, True, [8]])
+def test_numbers_that_are_no_integers(name, value):
+    trainer = make_trainer()
+    before = digest(trainer)
+    numbers = {"epochs": 2, "batch_size": 32, name: value}
+    message = f"fit: {name} must be an integer, got {re.escape(repr(value))}"
+    with pytest.raises(TypeError, match=message):
+        trainer.fit(TRAIN, **numbers)
+    assert digest(trainer) == before and not trainer.history
+    if name == "batch_size" and value is not True:
+        with pytest.raises(TypeError, match="batch_size must be an integer, got"):
+            trainer.evaluate(TEST, value)
+
+
+def test_integers_of_numpy():
+    trainer = make_trainer()
+    trainer.fit(TRAIN, np.int64(1), np.uint8(32), seed=np.int32(5))
+    same = make_trainer()
+    fit(same, epochs=1)
+    assert digest(trainer) == digest(same)
+
+
+@pytest.mark.parametrize("value", [1.5, "1", float("nan"), [1]])
+def test_seeds_that_are_no_integers(value):
+    message = f"seed must be an integer, got {re.escape(repr(value))}"
+    with pytest.raises(TypeError, match=message):
+        cycnn.manual_seed(value)
+    with pytest.raises(TypeError, match=message):
+        fit(make_trainer(), seed=value)
+
+
+def test_nan_is_the_largest_score():
+    trainer = make_trainer()
+    images = np.zeros((3, 1, 6, 6), np.float32)
+    expected = trainer.predict(images)
+    images[1] = np.nan
+    assert trainer.predict(images).tolist() == [expected[0], 0, expected[2]]
+    assert np.isnan(trainer.predict_proba(images)).any(1).tolist() == [0, 1, 0]

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -399,6 +400,46 @@ def test_warm_fills_the_cache_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", refuse)
     assert cli.main(command) == 0
     assert f"{count} kernels, 0 compiled in" in capsys.readouterr().out
+
+
+def warm(jobs, folder):
+    """The command in a process group of its own, as a shell starts it."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "cycnn", "warm", "--arch", "sm_80"]
+    return subprocess.Popen(
+        [*command, "--batch-size", "32", "--precision", "tf32", "--jobs", str(jobs)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_real_ctrl_c_leaves_whole_kernels_alone(tmp_path, jobs):
+    folder = tmp_path / "temporary"
+    process = warm(jobs, folder)
+    try:
+        deadline = time.monotonic() + 120
+        while not cache.entries():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        # the next ones are being compiled: Ctrl-C reaches all processes of a terminal
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # none is left behind
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt") and output == ""
+    assert list(folder.iterdir()) == []
+    assert sorted(cache.kernels().iterdir()) == cache.entries()
+    for path in cache.entries():
+        assert cache.read(path.stem) is not None
 
 
 def test_warm_without_a_gpu_asks_for_an_architecture(capsys, monkeypatch):

@@ -87,14 +87,17 @@ class DataLoader:
                 f"a DataLoader takes a cycnn.data.ArrayDataset, got "
                 f"{type(dataset).__name__}; ArrayDataset(images, labels) makes one"
             )
-        batch_size = operator.index(batch_size)
+        try:
+            batch_size = operator.index(batch_size)
+        except TypeError:
+            raise TypeError(
+                f"batch_size must be an integer, got {batch_size!r}"
+            ) from None
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         if seed is None:
             seed = random.draw_seed() if shuffle or augment is not None else 0
-        seed = operator.index(seed)
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be from 0 to 2**64 - 1, got {seed}")
+        seed = random.checked_seed(seed)
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = bool(shuffle)

@@ -36,7 +36,10 @@ class Layer:
       the output. Writes the gradients of the parameters, or adds to them if
       ``accumulate``; returns the gradient by the input, or None if not ``input_grad``.
 
-    A layer remembers one forward, so it has one place in a model.
+    A layer remembers one forward, so it has one place in a model, and in a loop of one's
+    own one thread at a time uses a model that is trained: from forward to the optimizer's
+    step. What another thread does in between, :meth:`predict` too, can make the gradients
+    wrong without an error. :class:`~cycnn.Trainer` sees to that by itself.
 
     Attributes
     ----------

@@ -4,7 +4,8 @@
     buffer.<name>       buffers that are not in it: the state of random numbers
     optimizer.<name>    tensors of the optimizer's state
     average.<index>     averaged parameters, if there are any
-    metadata "cycnn"    JSON: format version, schedule, the optimizer's numbers, the run
+    metadata "cycnn"    JSON: format version, layers, loss, schedule, the optimizer's
+                        numbers, the run
     metadata "sha256"   digest of all of that, since safetensors checks sizes only
 
 Nothing in such a file is executed when it is read.
@@ -13,6 +14,7 @@ Nothing in such a file is executed when it is read.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import reprlib
@@ -23,13 +25,18 @@ import numpy as np
 from .. import __version__
 from ..errors import DataError
 from ..nn import weights
+from ..nn.fuse import FusedSequential
+from ..nn.inference import turn
 from .history import EpochRecord
 
 _FORMAT = 1
 
 
-def save(path, model, optimizer, schedule, run: dict, average=None) -> None:
-    """Write a checkpoint; ``run`` is anything that JSON can hold."""
+def packed(model, loss, optimizer, schedule, run: dict, average=None) -> tuple:
+    """A checkpoint as the arrays and the metadata that :func:`weights.write` takes.
+
+    ``run`` is anything that JSON can hold.
+    """
     averages = {} if average is None else average.state_dict()
     tensors = {f"model.{name}": array for name, array in model.state_dict().items()}
     for name, buffer in _apart(model).items():
@@ -45,6 +52,8 @@ def save(path, model, optimizer, schedule, run: dict, average=None) -> None:
         {
             "format": _FORMAT,
             "cycnn": __version__,
+            "layers": layers_of(model),
+            "loss": loss_name(loss),
             "schedule": schedule_name(schedule),
             "optimizer": numbers,
             "average": averages.get("decay"),
@@ -52,7 +61,7 @@ def save(path, model, optimizer, schedule, run: dict, average=None) -> None:
         },
         default=_plain,
     )
-    weights.write(path, tensors, {"cycnn": text, "sha256": _digest(tensors, text)})
+    return tensors, {"cycnn": text, "sha256": _digest(tensors, text)}
 
 
 def _plain(value):
@@ -62,7 +71,7 @@ def _plain(value):
     raise TypeError(f"a checkpoint cannot hold {value!r}")
 
 
-def load(path, model, optimizer, schedule, average=None) -> dict:
+def load(path, model, loss, optimizer, schedule, average=None) -> dict:
     """Put a checkpoint into model, optimizer and average; returns its ``run``.
 
     Raises
@@ -76,6 +85,13 @@ def load(path, model, optimizer, schedule, average=None) -> dict:
     saved, given = content["schedule"], schedule_name(schedule)
     if saved != given:
         raise DataError(f"{path} was made with the schedule {saved}, this is {given}")
+    if content["layers"] is not None:
+        _check_layers(path, content["layers"], layers_of(model))
+    saved, given = content["loss"], loss_name(loss)
+    if saved not in (None, given):
+        raise DataError(
+            f"{path} was made with the loss {_short(saved)}, this is {_short(given)}"
+        )
     _check_run(path, content["run"])
     base = content["run"]["base_lr"]
     groups = len(base) if type(base) is list else 1
@@ -101,6 +117,18 @@ def load(path, model, optimizer, schedule, average=None) -> dict:
         if part not in parts or rest in content["optimizer"]:
             raise DataError(f"{path} holds {name}, which no checkpoint has")
         parts[part][rest] = array
+    with turn:  # a prediction meets all of it, or nothing
+        _apply(
+            path, (model, parameters), (optimizer, state), (average, averages), buffers
+        )
+    return content["run"]
+
+
+def _apply(path, model, optimizer, average, buffers) -> None:
+    """Overwrite all, or nothing; each is given with what it is to load."""
+    model, parameters = model
+    optimizer, state = optimizer
+    average, averages = average
     own = _apart(model)
     _check_buffers(path, own, buffers)
     before = model.state_dict()
@@ -121,7 +149,6 @@ def load(path, model, optimizer, schedule, average=None) -> dict:
         raise
     for name, buffer in own.items():
         buffer.data.copy_(buffers[name])
-    return content["run"]
 
 
 def _apart(model) -> dict:
@@ -141,6 +168,58 @@ def _check_buffers(path, own, given) -> None:
                 f"{path} is of another run: {name} is {found.dtype} of shape "
                 f"{found.shape}, in this model {wanted.dtype} of shape {wanted.shape}"
             )
+
+
+def layers_of(layer, path="") -> list:
+    """What computes: ``[path, class, settings]`` of each layer, in order.
+
+    Settings are said of the library's own layers, as in their repr. Those of any other
+    class are None, since nobody knows whether its repr stays the same.
+    """
+    if isinstance(layer, FusedSequential):
+        layer = layer._original  # the same network, faster
+    settings = layer._settings() if _is_ours(layer) else None
+    found = [[path, type(layer).__name__, settings]]
+    for name, child in layer._children():
+        found += layers_of(child, f"{path}.{name}" if path else name)
+    return found
+
+
+def loss_name(loss) -> str:
+    """What a checkpoint keeps of a loss: with its options, if it is the library's."""
+    return repr(loss) if _is_ours(loss) else type(loss).__name__
+
+
+def _is_ours(thing) -> bool:
+    return type(thing).__module__.partition(".")[0] == "cycnn"
+
+
+def _check_layers(path, saved, given) -> None:
+    for was, now in itertools.zip_longest(saved, given):
+        if was == now:
+            continue
+        if was is None:
+            difference = f"it has no layer {now[0]}, here {_said(now)}"
+        elif now is None:
+            difference = f"its layer {was[0]}, {_said(was)}, is not in this one"
+        elif was[0] != now[0]:
+            difference = (
+                f"it has a layer {was[0]}, {_said(was)}, where this one has {now[0]}, "
+                f"{_said(now)}"
+            )
+        else:
+            where = f"its layer {was[0]}" if was[0] else "it"
+            difference = f"{where} is {_said(was)}, here {_said(now)}"
+        raise DataError(f"{path} is of another model: {difference}")
+
+
+def _said(row) -> str:
+    _, name, settings = row
+    return _short(name if settings is None else f"{name}({settings})")
+
+
+def _short(text) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def schedule_name(schedule) -> str:
@@ -190,7 +269,30 @@ def _parse(path, text) -> dict:
         value = content.get(name)
         if not isinstance(value, kind):
             raise DataError(f"{path} is damaged: {name} is {reprlib.repr(value)}")
+    for name, check in (("layers", _are_layers), ("loss", _is_text)):
+        # older files do not say
+        value = content.setdefault(name, None)
+        if value is not None and not check(value):
+            raise DataError(f"{path} is damaged: {name} is {reprlib.repr(value)}")
     return content
+
+
+def _is_text(value):
+    return type(value) is str
+
+
+def _are_layers(value):
+    return type(value) is list and len(value) > 0 and all(map(_is_layer, value))
+
+
+def _is_layer(row):
+    return (
+        type(row) is list
+        and len(row) == 3
+        and _is_text(row[0])
+        and _is_text(row[1])
+        and (row[2] is None or _is_text(row[2]))
+    )
 
 
 def _is_count(value, limit=2**63):
@@ -234,7 +336,7 @@ _is_order = _fields(
     shuffle=lambda value: type(value) is bool,
     batch_size=_is_count,
     images=_is_count,
-    augment=_optional(lambda value: type(value) is str),
+    augment=_optional(_is_text),
 )
 
 _RUN = {

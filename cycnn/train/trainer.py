@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import reprlib
 import signal
 import threading
 import time
@@ -19,11 +20,14 @@ import numpy as np
 from .. import random, shapes
 from ..data import ArrayDataset, DataLoader, TargetDataset
 from ..errors import DataError, ShapeError
-from ..nn import LogSoftmax, Predictor, Sequential, Softmax
+from ..nn import LogSoftmax, Predictor, Sequential, Softmax, weights
+from ..nn.arguments import count
 from ..nn.inference import BATCH, turn
+from ..nn.layer import Layer
 from ..nn.loss import ClassLoss
 from ..ops import for_device
-from ..optim.optimizer import checked
+from ..optim import EMA
+from ..optim.optimizer import Optimizer, checked
 from ..tensor import Tensor, zeros
 from . import checkpoint
 from .history import EpochRecord, History
@@ -166,6 +170,44 @@ class _InterruptGuard:
             raise KeyboardInterrupt
 
 
+# What trains or resumes at the moment: (trainer, model, thread). A step leaves
+# activations in the layers and gradients in the parameters, so it takes one thread.
+_under_way = []
+_registry = threading.Lock()
+
+
+@contextlib.contextmanager
+def _training_alone(trainer):
+    """A block in which no other thread trains the trainer's model.
+
+    Raises
+    ------
+    RuntimeError
+        If one does already, or the trainer's own fit is under way.
+    """
+    entry = trainer, trainer.model, threading.current_thread()
+    with _registry:
+        for other, model, thread in _under_way:
+            own = thread is entry[2]
+            # a thread that is not alive was left behind by a fork
+            if thread.is_alive() and (
+                other is trainer or (model is trainer.model and not own)
+            ):
+                where = "which this is called from" if own else f"in {thread.name}"
+                raise RuntimeError(
+                    f"a fit of this model is under way, {where}: a model is trained by "
+                    f"one thread at a time. Wait until that fit has ended (stop() ends "
+                    f"it after its epoch), or train a copy.deepcopy of the model with "
+                    f"an optimizer and a Trainer of its own"
+                )
+        _under_way.append(entry)
+    try:
+        yield
+    finally:
+        with _registry:
+            _under_way.remove(entry)
+
+
 class Trainer:
     """Trains a classifier, or a model of numbers, and says how good it is.
 
@@ -181,8 +223,8 @@ class Trainer:
         SmoothL1Loss or BCEWithLogitsLoss. The loss of an epoch is the mean of those of
         its batches, weighted by their images.
     optimizer : optim.Optimizer
-        Of the model's parameters. Its learning rate at this moment is the base that
-        the schedule multiplies.
+        Of the model's parameters, or of some of them. Its learning rate at this moment
+        is the base that the schedule multiplies.
     schedule : callable, optional
         ``schedule(step, total_steps)`` gives the multiplier of the base learning rate
         at each step, both counted over the whole run. See ``optim.schedules``. None
@@ -222,7 +264,9 @@ class Trainer:
         on_fit_start(trainer)           on_fit_end(trainer), however fit ends
         on_step_end(trainer)            on_epoch_end(trainer, record)
 
-    It may call ``trainer.stop()``, ``trainer.save(path)`` and ``trainer.running()``.
+    It may call ``trainer.stop()``, ``trainer.save(path)``, ``trainer.running()``,
+    :meth:`evaluate`, :meth:`predict` and :meth:`predict_proba`. So may other threads:
+    they take turns with the steps. :meth:`fit` is for one thread at a time.
     """
 
     def __init__(
@@ -236,6 +280,7 @@ class Trainer:
         clip_grad_norm=None,
         average=None,
     ):
+        _check_parts(model, loss, optimizer, schedule, average)
         if clip_grad_norm is not None:
             clip_grad_norm = checked("clip_grad_norm", clip_grad_norm, positive=True)
         self.clip_grad_norm = clip_grad_norm
@@ -324,63 +369,71 @@ class Trainer:
         Raises
         ------
         ValueError
-            For an empty training set, numbers that make no sense, or an order of
-            batches or an ``augment`` that contradicts the epoch under way.
+            For an empty training set, numbers that make no sense, an optimizer that
+            holds none of the model's parameters, or an order of batches or an
+            ``augment`` that contradicts the epoch under way.
+        TypeError
+            If ``epochs`` or ``batch_size`` is no integer.
+        RuntimeError
+            At once, if another thread trains the model, or a callback calls this. The
+            fit under way goes on.
         KeyboardInterrupt
             Ctrl-C, once the step under way is complete. ``history``, :meth:`save` and
             another :meth:`fit` work afterwards.
         """
-        if epochs < 1 or batch_size < 1:
-            raise ValueError(
-                f"epochs and batch_size must be at least 1, got {epochs} and "
-                f"{batch_size}"
-            )
+        epochs = count(epochs, "fit", "epochs")
+        batch_size = count(batch_size, "fit", "batch_size")
+        # somebody may have given the trainer, or a layer, another part since
+        _check_parts(
+            self.model, self.loss, self.optimizer, self.schedule, self.average
+        )
         if len(train) == 0:
             raise ValueError("the training set is empty")
         self._check_targets(train)
         if test is not None:
             self._check_targets(test)
-        if seed is None:
-            seed = self.seed if self.seed is not None else random.draw_seed()
-        self._check_order(seed, bool(shuffle), batch_size, len(train), augment)
-        self.seed = seed
-        if self.step:
-            # an interrupted epoch; the model may have moved to another device since
-            self._partial = self._tally_state()
-
-        device = self.model.device
-        loader = DataLoader(
-            train,
-            batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            device=device,
-            augment=augment,
-        )
-        test_loader = None
-        if test is not None:
-            test_loader = DataLoader(test, BATCH, device=device)
-        self.epochs, self.steps_per_epoch = epochs, len(loader)
-        with turn:
-            self._tally = Tally(loader)
-            steps = self._steps(loader)
-        self._stopped = False
-        if self.epoch >= epochs:
-            _log.warning(
-                "nothing to train: the run has %d epochs already and was asked for %d",
-                self.epoch,
-                epochs,
+        with _training_alone(self):
+            if seed is None:
+                seed = self.seed if self.seed is not None else random.draw_seed()
+            device = self.model.device
+            loader = DataLoader(
+                train,
+                batch_size,
+                shuffle=shuffle,
+                seed=seed,
+                device=device,
+                augment=augment,
             )
-        callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
-        _notify(callbacks, "on_fit_start", self)
-        try:
-            with _InterruptGuard() as guard:
-                while self.epoch < epochs and not self._stopped:
-                    self._run_epoch(steps, callbacks, guard)
-                    self._finish_epoch(len(train), test_loader, callbacks, guard)
-        finally:
-            self._pause_clock()
-            _notify(callbacks, "on_fit_end", self)
+            test_loader = None
+            if test is not None:
+                test_loader = DataLoader(test, BATCH, device=device)
+            with turn:
+                self._check_order(seed, bool(shuffle), batch_size, len(train), augment)
+                self.seed = seed
+                if self.step:
+                    # an interrupted epoch; the model may have moved since
+                    self._partial = self._tally_state()
+                self.epochs, self.steps_per_epoch = epochs, len(loader)
+                self._tally = Tally(loader)
+                steps = self._steps(loader)
+            self._stopped = False
+            if self.epoch >= epochs:
+                _log.warning(
+                    "nothing to train: the run has %d epochs already and was asked for "
+                    "%d",
+                    self.epoch,
+                    epochs,
+                )
+            callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
+            _notify(callbacks, "on_fit_start", self)
+            try:
+                with _InterruptGuard() as guard:
+                    while self.epoch < epochs and not self._stopped:
+                        self._run_epoch(steps, callbacks, guard)
+                        self._finish_epoch(len(train), test_loader, callbacks, guard)
+            finally:
+                self._pause_clock()
+                _notify(callbacks, "on_fit_end", self)
         return self.history
 
     def stop(self) -> None:
@@ -395,7 +448,8 @@ class Trainer:
         """
         if not self.step:
             raise RuntimeError("no epoch is under way")
-        loss, accuracy = self._tally.read()
+        with turn:
+            loss, accuracy = self._tally.read()
         images = min(self.step * self._order["batch_size"], self._order["images"])
         return {
             "loss": loss,
@@ -446,10 +500,11 @@ class Trainer:
     def _run_epoch(self, steps, callbacks, guard):
         watchers = [c for c in callbacks if hasattr(c, "on_step_end")]
         meddling = any(type(watcher) is not ProgressBar for watcher in watchers)
-        self.model.train()
         self._started = time.perf_counter()
         total = self.epochs * self.steps_per_epoch
         with turn:
+            # a prediction leaves the mode as it met it
+            self.model.train()
             tally = self._tally
             tally.clear()
             if self._partial is not None:
@@ -498,18 +553,18 @@ class Trainer:
             test_accuracy=test["accuracy"],
         )
         guard.in_step = True  # all of this, or none
-        self.history.append(record)
-        self.epoch += 1
-        self.step = 0
-        self._seconds = 0.0
+        with turn:
+            self.history.append(record)
+            self.epoch += 1
+            self.step = 0
+            self._seconds = 0.0
         guard.leave_step()
         _notify(callbacks, "on_epoch_end", self, record)
 
     def _elapsed(self) -> float:
         """Seconds of training in the epoch under way, pauses left out."""
-        running = 0.0
-        if self._started is not None:
-            running = time.perf_counter() - self._started
+        started = self._started  # which fit may set to None in another thread
+        running = 0.0 if started is None else time.perf_counter() - started
         return self._seconds + running
 
     def _pause_clock(self):
@@ -519,6 +574,12 @@ class Trainer:
 
     def evaluate(self, dataset, batch_size=BATCH) -> dict:
         """Mean loss and accuracy over a data set.
+
+        Parameters
+        ----------
+        dataset : data.ArrayDataset
+        batch_size : int
+            Images that run at a time.
 
         Returns
         -------
@@ -530,7 +591,7 @@ class Trainer:
         return self._evaluate(DataLoader(dataset, batch_size, device=self.model.device))
 
     def _evaluate(self, loader):
-        with turn, self._averaged():
+        with self._averaged():
             tally = Tally(loader)
             predictor = self._predictor()
             for images, labels in loader:
@@ -550,6 +611,11 @@ class Trainer:
             Shape (N, C, H, W). A dataset is scaled and shifted as it says. An array
             or tensor is taken as it is: floating-point numbers on the scale that the
             model was trained on.
+
+        Notes
+        -----
+        As in NumPy's argmax, NaN counts as the largest score: an image that the model
+        gives nothing but NaN for gets class 0. :meth:`predict_proba` shows the NaN.
         """
         parts = []
         with self._averaged():
@@ -591,12 +657,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self):
-        """A block in which the model has the averages, if there are any."""
-        if self.average is None:
-            yield
-            return
-        with turn:  # another thread must not meet them on their way back
-            if self.average.is_applied:
+        """A block in which the model has the averages, if there are any.
+
+        No other thread takes a step within it: all batches meet the same parameters.
+        """
+        with turn:
+            if self.average is None or self.average.is_applied:
                 yield
             else:
                 with self.average.applied():
@@ -630,21 +696,24 @@ class Trainer:
 
         The file (safetensors) holds parameters, optimizer state, position, seed and
         history. It is written beside ``path`` and renamed, so that an interrupted save
-        leaves the old file whole.
+        leaves the old file whole. Called by another thread during :meth:`fit`, it is
+        the state between two steps.
         """
-        state = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "seed": self.seed,
-            "base_lr": self.base_lrs if len(self.base_lrs) > 1 else self.base_lr,
-            "seconds": self._elapsed(),
-            "order": self._order,
-            "tally": self._tally_state(),
-            "history": self.history.to_list(),
-        }
-        checkpoint.save(
-            path, self.model, self.optimizer, self.schedule, state, self.average
-        )
+        with turn:
+            state = {
+                "epoch": self.epoch,
+                "step": self.step,
+                "seed": self.seed,
+                "base_lr": self.base_lrs if len(self.base_lrs) > 1 else self.base_lr,
+                "seconds": self._elapsed(),
+                "order": self._order,
+                "tally": self._tally_state(),
+                "history": self.history.to_list(),
+            }
+            parts = self.model, self.loss, self.optimizer, self.schedule
+            content = checkpoint.packed(*parts, state, self.average)
+        # nobody waits for the disk
+        weights.write(path, *content)
 
     @classmethod
     def resume(
@@ -678,15 +747,18 @@ class Trainer:
         ------
         DataError
             If the file is no checkpoint, is damaged, or was made by another model,
-            optimizer or schedule; the message names the first difference. Nothing is
-            changed then.
+            loss, optimizer or schedule; the message names the first difference. Nothing
+            is changed then. Layers and losses of the library are compared with their
+            settings, those of one's own by the name of their class.
+        RuntimeError
+            If another thread trains the model.
         FileNotFoundError
         """
-        averages = () if average is None else (average,)
-        state = checkpoint.load(path, model, optimizer, schedule, *averages)
         trainer = cls(
             model, loss, optimizer, schedule, capture, fuse, clip_grad_norm, average
         )
+        with _training_alone(trainer):
+            state = checkpoint.load(path, model, loss, optimizer, schedule, average)
         trainer.epoch = state["epoch"]
         trainer.step = state["step"]
         trainer.seed = state["seed"]
@@ -706,6 +778,52 @@ def _notify(callbacks, event, *args):
             method(*args)
         elif event == "on_epoch_end" and callable(callback):
             callback(*args)
+
+
+def _check_parts(model, loss, optimizer, schedule, average) -> None:
+    """TypeError or ValueError if they are not what a Trainer is made of."""
+    for name, value, wanted, fits in (
+        ("model", model, "an nn.Layer", isinstance(model, Layer)),
+        (
+            "loss",
+            loss,
+            "a loss such as nn.CrossEntropyLoss()",
+            callable(loss) and callable(getattr(loss, "backward", None)),
+        ),
+        (
+            "optimizer",
+            optimizer,
+            "an optim.Optimizer such as optim.Adam(model.parameters())",
+            isinstance(optimizer, Optimizer),
+        ),
+        (
+            "schedule",
+            schedule,
+            "None or schedule(step, total_steps)",
+            schedule is None or callable(schedule),
+        ),
+        (
+            "average",
+            average,
+            "None or an optim.EMA",
+            average is None or isinstance(average, EMA),
+        ),
+    ):
+        if isinstance(value, type):
+            raise TypeError(
+                f"{name} is the class {value.__name__}: write {value.__name__}(...)"
+            )
+        if not fits:
+            raise TypeError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
+    own = {id(parameter) for _, parameter in model._walk()}
+    for name, holder in (("optimizer", optimizer), ("average", average)):
+        # some are enough: the others may be of a loss that learns
+        if holder is not None and own.isdisjoint(map(id, holder._params)):
+            raise ValueError(
+                f"the {name} holds none of the model's parameters, so it would do "
+                f"nothing: {holder!r}. Make it of model.parameters() of the model that "
+                f"the Trainer is given (a copy has parameters of its own)"
+            )
 
 
 def _ends_in_log_softmax(model) -> bool:
