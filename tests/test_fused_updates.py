@@ -35,7 +35,7 @@ def updaters(calls, monkeypatch):  # noqa: F811
     monkeypatch.setattr(fused, "updater", AnyUpdater)
 
 
-def trained(kind, groups, fuse, clip=None):
+def trained(kind, groups, fuse, clip=None, capture=True, **options):
     cycnn.manual_seed(0)
     model = nn.reference_network()
     params = model.parameters()
@@ -44,13 +44,15 @@ def trained(kind, groups, fuse, clip=None):
             {"params": params[::2], "weight_decay": 0.01},
             {"params": params[1::2], "lr": 0.0005},
         ]
+    if options:
+        params = [{"params": params, **options}]
     optimizer = OPTIMIZERS[kind](params)
     trainer = Trainer(
         model,
         nn.NLLLoss(),
         optimizer,
         optim.schedules.linear(),
-        capture=True,
+        capture=capture,
         fuse=fuse,
         clip_grad_norm=clip,
     )
@@ -68,6 +70,18 @@ def test_the_update_in_parts_is_the_plain_one(kind, groups):
         np.testing.assert_allclose(found[name], array, atol=1e-4, err_msg=name)
     state = in_parts.optimizer.state_dict()
     assert state.get("step") == (8 if kind in ("adam", "adamw", "adagrad") else None)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_uphill_by_a_schedule_in_replayed_steps(kind):
+    eager = trained(kind, False, False, capture=False, maximize=True)
+    replayed = trained(kind, False, True, maximize=True)
+    assert replayed.history[-1].loss > replayed.history[0].loss
+    rate = float(replayed.optimizer.lr_tensor)
+    assert replayed.optimizer.lr == pytest.approx(rate) and rate > 0
+    found = replayed.model.state_dict()
+    for name, array in eager.model.state_dict().items():
+        np.testing.assert_allclose(found[name], array, 1e-4, 1e-4, err_msg=name)
 
 
 def test_clipped_gradients_are_added_up_before():

@@ -471,6 +471,16 @@ def test_batch_normalization(opset):
     check(graph(nodes, weights, ("N", 36), opset=opset), ROWS, "Linear")
 
 
+@pytest.mark.parametrize("front", ["MatMul", "Gemm"])
+def test_a_large_epsilon_is_merged_into_a_product(front):
+    small = {"v": V, "s": np.full_like(C, 0.05)}
+    nodes = [
+        node(front, "x v", "a"),
+        node("BatchNormalization", "a s s s s", epsilon=0.1),
+    ]
+    check(graph(nodes, small, ("N", 36)), ROWS, "Linear")
+
+
 def test_batch_normalization_refused():
     what = "node 'the BatchNormalization' (BatchNormalization)"
     refuse(normalised(training_mode=1), what, "training_mode")
@@ -595,15 +605,109 @@ def test_weights_that_are_inputs_too():
     check(proto, IMAGE, "Conv2d")
 
 
-def test_external_data(tmp_path):
+def external(path, location="weights", **changes):
+    """Writes a model whose weights lie in another file; ``changes``: of "w"'s place."""
+    proto = conv()
+    with open(path.parent / "weights", "wb") as file:
+        for tensor in proto.graph.initializer:
+            start, length = file.tell(), file.write(tensor.raw_data)
+            entries = {"location": location, "offset": start, "length": length}
+            if tensor.name == "w":
+                entries |= changes
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in entries.items():
+                if value is not None:
+                    tensor.external_data.add(key=key, value=str(value))
+    path.write_bytes(proto.SerializeToString())
+    return proto
+
+
+def test_external_data(tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
-    onnx.save(
-        conv(), path, save_as_external_data=True, location="weights", size_threshold=0
-    )
-    refuse(
-        path, str(path), "'w' lies in another file", "cycnn.onnx.load(onnx.load(path))"
-    )
-    assert isinstance(cycnn.onnx.load(onnx.load(path))[0], nn.Conv2d)
+    proto = external(path)
+    want = check(conv(), IMAGE)(IMAGE).numpy()
+    for source in (path, onnx.load(path)):
+        np.testing.assert_array_equal(cycnn.onnx.load(source)(IMAGE).numpy(), want)
+    # the folder is that of the model, wherever one is
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(cycnn.onnx.load(path.name)(IMAGE).numpy(), want)
+    external(path, length=None)
+    np.testing.assert_array_equal(cycnn.onnx.load(path)(IMAGE).numpy(), want)
+    for source in (proto, proto.SerializeToString()):
+        refuse(source, "'w' lies in another file", "give the path")
+    (tmp_path / "weights").unlink()
+    with pytest.raises(FileNotFoundError, match="'w' lies in 'weights', .* is no"):
+        cycnn.onnx.load(path)
+
+
+def test_a_constant_in_another_file(tmp_path):
+    path = tmp_path / "model.onnx"
+    (tmp_path / "c").write_bytes(W.tobytes())
+    tensor = numpy_helper.from_array(W)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.ClearField("raw_data")
+    tensor.external_data.add(key="location", value="c")
+    nodes = [node("Constant", "", "w", value=tensor), node("Conv", "x w b")]
+    path.write_bytes(graph(nodes, {"b": B}).SerializeToString())
+    (layer,) = cycnn.onnx.load(path)
+    np.testing.assert_array_equal(layer.weight.data.numpy(), W)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_external_data_is_in_the_folder_of_the_model(tmp_path, inside):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "model.onnx"
+    external(path)
+    outside = tmp_path / "outside"
+    (folder / "weights").rename(outside)
+    (folder / "link").symlink_to(outside)
+    (folder / "up").symlink_to(tmp_path)
+    wrong = ["../outside", "link", "up/outside", str(outside), "", ".", "..", "a\0b"]
+    for location in [str(folder / "weights")] if inside else wrong:
+        external(path, location)
+        refuse(path, "tensor 'w' lies in", "not inside the folder of the model")
+    (folder / "there").mkdir()
+    external(path, "there")
+    refuse(path, "'there', which is no file")
+    (folder / "weights").rename(folder / "there" / "weights")
+    external(path, "there/../there/weights")
+    assert len(cycnn.onnx.load(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"offset": 1 << 40}, "bytes from 1099511627776 on of 'weights'"),
+        ({"offset": -4}, "damaged"),
+        ({"offset": "x"}, "damaged"),
+        ({"length": 1}, "damaged: 1 bytes"),
+        ({"length": 1 << 40}, "damaged"),
+        ({"length": ""}, "damaged"),
+    ],
+)
+def test_external_data_that_is_not_there(tmp_path, changes, words):
+    path = tmp_path / "model.onnx"
+    external(path, **changes)
+    refuse(path, "tensor 'w'", words)
+
+
+def test_external_data_of_damaged_tensors(tmp_path):
+    path = tmp_path / "model.onnx"
+    for field, value in [("data_type", 8), ("data_type", 99), ("dims", [-2, -1, 3, 3])]:
+        proto = external(path)
+        (weight,) = (t for t in proto.graph.initializer if t.name == "w")
+        weight.ClearField(field)
+        if field == "dims":
+            weight.dims.extend(value)
+        else:
+            weight.data_type = value
+        path.write_bytes(proto.SerializeToString())
+        refuse(path, "tensor 'w' is damaged")
+    external(path)
+    (tmp_path / "weights").write_bytes(bytes(5))
+    refuse(path, "of 'weights', which has 5")
 
 
 @pytest.mark.parametrize(

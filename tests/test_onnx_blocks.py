@@ -20,6 +20,7 @@ from test_onnx import (  # noqa: F401
     on_cpu,
     refuse,
     run,
+    value_info,
 )
 
 
@@ -183,12 +184,25 @@ def test_conv_transpose_of_any_window(attributes):
     equal_or_refused(transposed(**attributes), IMAGE)
 
 
+def test_axes_from_the_end():
+    relu, sigmoid = node("Relu", "x", "a"), node("Sigmoid", "x", "b")
+    last, third = (node("Concat", "a b", axis=axis) for axis in (-1, -3))
+    check(graph([relu, sigmoid, third]), IMAGE, "Concat")
+    refuse(graph([relu, sigmoid, last]), "axis is -1 of 4")
+    flat = [node("Flatten", "x", "a"), node("Flatten", "x", "b")]
+    flat[1].name = "the other"
+    check(graph([*flat, last], outputs=[value_info("y", "NF")]), IMAGE, "Concat")
+    refuse(graph([*flat, third], outputs=[value_info("y", "NF")]), "axis is -3 of 2")
+    number = {"inputs": [value_info("x", [])], "outputs": [value_info("y", [])]}
+    refuse(graph([relu, sigmoid, third], **number), "axis is -3 of unknown many")
+
+
 def test_branches_that_do_not_join():
     relu, sigmoid = node("Relu", "x", "a"), node("Sigmoid", "x", "b")
     check(graph([relu, sigmoid, node("Add", "a b")]), IMAGE, "Residual")
     check(graph([relu, sigmoid, node("Concat", "b a", axis=1)]), IMAGE, "Concat")
     check(graph([node("Concat", "x x x", axis=1)]), IMAGE, "Concat")
-    refuse(graph([relu, sigmoid, node("Concat", "a b", axis=2)]), "axis is 2")
+    refuse(graph([relu, sigmoid, node("Concat", "a b", axis=2)]), "axis is 2 of 4")
     # the second join takes what is behind the first
     crossed = [
         relu, sigmoid, node("Add", "a b", "c"), node("Concat", "c a", axis=1),

@@ -1,6 +1,5 @@
 """ONNX files of each layer of the library, and of networks that nobody chose."""
 
-import io
 import math
 import warnings
 
@@ -517,9 +516,11 @@ def test_damaged_files(data):
 # PyTorch
 
 
-@pytest.mark.parametrize("opset", [17, 20])
-def test_files_of_pytorch(opset):
+@pytest.mark.parametrize("opset", [17, 20, "dynamo"])
+def test_files_of_pytorch(opset, tmp_path):
     torch = pytest.importorskip("torch")
+    if opset == "dynamo":
+        pytest.importorskip("onnxscript")
     from torch import nn
 
     class Block(nn.Module):
@@ -531,6 +532,14 @@ def test_files_of_pytorch(opset):
         def forward(self, x):
             y = nn.functional.silu(self.conv(x))
             return nn.functional.max_pool2d(torch.relu(x + self.norm(y)), 3, 2, 1)
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.wide = nn.Conv2d(4, 1, 1), nn.Conv2d(4, 3, 3, padding=1)
+
+        def forward(self, x):
+            return torch.cat([self.narrow(x), self.wide(x)], -3)
 
     class Head(nn.Module):
         def forward(self, x):
@@ -544,6 +553,7 @@ def test_files_of_pytorch(opset):
         nn.GELU(),
         nn.ZeroPad2d((1, 2, 0, 1)),
         Block(),
+        Branches(),
         nn.GELU("tanh"),
         nn.ConvTranspose2d(4, 4, 3, 2, 1, 1),
         nn.AvgPool2d(2, 1, 1),
@@ -554,20 +564,25 @@ def test_files_of_pytorch(opset):
         nn.LayerNorm(4),
         nn.Dropout(),
         nn.Linear(4, 3),
+        nn.Flatten(),
         nn.Softmax(1),
     ).eval()
-    x, file = torch.from_numpy(numbers(3, 2, 12, 12)), io.BytesIO()
-    axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "N"}}}
+    x, path = torch.from_numpy(numbers(3, 2, 12, 12)), tmp_path / "model.onnx"
+    options = {"opset_version": opset, "dynamo": False, "input_names": ["x"]}
+    options["dynamic_axes"] = {"x": {0: "N"}}
+    if opset == "dynamo":
+        sizes = ({0: torch.export.Dim("N")},)
+        options = {"dynamo": True, "dynamic_shapes": sizes, "external_data": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # the other exporter needs a package more
-        torch.onnx.export(model, x, file, opset_version=opset, dynamo=False, **axes)
-    loaded = cycnn.onnx.load(file.getvalue())
+        torch.onnx.export(model, (x,), path, **options)
+    assert (tmp_path / "model.onnx.data").exists() == (opset == "dynamo")
+    loaded = cycnn.onnx.load(path)
     with torch.no_grad():
         y = model(x).numpy()
     np.testing.assert_allclose(loaded(x.numpy()).numpy(), y, rtol=1e-4, atol=1e-5)
     kinds = [type(layer).__name__ for layer in loaded]
-    assert {"BatchNorm2d", "GELU", "Residual", "LayerNorm"} <= set(kinds)
+    assert {"BatchNorm2d", "GELU", "Residual", "Concat", "LayerNorm"} <= set(kinds)
 
 
 def test_weights_for_pytorch(tmp_path):

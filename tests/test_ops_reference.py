@@ -248,6 +248,8 @@ def test_argmax_and_tally():
     assert (hits, loss_sum) == (12, 3.5)
     ops.tally(np.array(4.0), scores, labels, loss_sum, hits)
     assert (hits, loss_sum) == (14, 7.5)
+    ops.tally(np.array(0.0), scores, np.array([1, -100, 255], np.int32), loss_sum, hits)
+    assert (hits, loss_sum) == (15, 7.5)
     with pytest.raises(ShapeError, match=r"losses have shape \(2,\)"):
         ops.tally(np.zeros(2), scores, labels, loss_sum, hits)
 

@@ -58,6 +58,64 @@ def sgd(parameters, all_gradients, lr, momentum=0, weight_decay=0, nesterov=Fals
     return parameters
 
 
+def centered(parameters, all_gradients, lr, alpha=0.99, eps=1e-8, weight_decay=0,
+             momentum=0, initial_accumulator=0, centered=True):  # fmt: skip
+    parameters = [p.copy() for p in parameters]
+    squares = [np.full(p.shape, float(initial_accumulator)) for p in parameters]
+    means, kept = ([np.zeros(p.shape) for p in parameters] for _ in range(2))
+    for step_gradients in all_gradients:
+        for i, g in enumerate(step_gradients):
+            g = g + weight_decay * parameters[i]
+            squares[i] = alpha * squares[i] + (1 - alpha) * g**2
+            means[i] = alpha * means[i] + (1 - alpha) * g
+            deviation = np.sqrt(squares[i] - means[i] ** 2)
+            kept[i] = momentum * kept[i] + g / (deviation + eps)
+            parameters[i] -= lr * kept[i]
+    return parameters
+
+
+def adagrad(parameters, all_gradients, lr, lr_decay=0, weight_decay=0,
+            initial_accumulator_value=0, eps=1e-10):  # fmt: skip
+    parameters = [p.copy() for p in parameters]
+    sums = [np.full(p.shape, float(initial_accumulator_value)) for p in parameters]
+    for t, step_gradients in enumerate(all_gradients):
+        for i, g in enumerate(step_gradients):
+            g = g + weight_decay * parameters[i]
+            sums[i] = sums[i] + g**2
+            parameters[i] -= lr / (1 + t * lr_decay) * g / (np.sqrt(sums[i]) + eps)
+    return parameters
+
+
+def adam(parameters, all_gradients, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0,
+         decoupled=False):  # fmt: skip
+    parameters = [p.copy() for p in parameters]
+    means, squares = ([np.zeros(p.shape) for p in parameters] for _ in range(2))
+    for t, step_gradients in enumerate(all_gradients, 1):
+        for i, g in enumerate(step_gradients):
+            if decoupled:
+                parameters[i] *= 1 - lr * weight_decay
+            else:
+                g = g + weight_decay * parameters[i]
+            means[i] = betas[0] * means[i] + (1 - betas[0]) * g
+            squares[i] = betas[1] * squares[i] + (1 - betas[1]) * g**2
+            mean = means[i] / (1 - betas[0] ** t)
+            root = np.sqrt(squares[i] / (1 - betas[1] ** t))
+            parameters[i] -= lr * mean / (root + eps)
+    return parameters
+
+
+def adamw(parameters, all_gradients, **options):
+    return adam(parameters, all_gradients, decoupled=True, **options)
+
+
+def uphill(formula):
+    def climbed(parameters, all_gradients, maximize, **options):
+        negated = [[-g for g in step_gradients] for step_gradients in all_gradients]
+        return formula(parameters, negated, **options)
+
+    return climbed
+
+
 CASES = [
     (optim.RMSprop, rmsprop, dict(lr=0.01)),
     (optim.RMSprop, rmsprop, dict(lr=0.003, alpha=0.9, eps=1e-3, weight_decay=0.1)),
@@ -72,6 +130,27 @@ CASES = [
     (optim.SGD, sgd, dict(lr=0.1, momentum=0.9)),
     (optim.SGD, sgd, dict(lr=0.1, momentum=0.9, weight_decay=0.1)),
     (optim.SGD, sgd, dict(lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True)),
+    # eps hides what rounding makes of a small variance
+    (optim.RMSprop, centered, dict(lr=0.01, alpha=0.9, eps=0.1, centered=True)),
+    (
+        optim.RMSprop,
+        centered,
+        dict(lr=0.01, eps=0.1, momentum=0.5, initial_accumulator=1.0, centered=True),
+    ),
+    (optim.Adagrad, adagrad, dict(lr=0.1)),
+    (
+        optim.Adagrad,
+        adagrad,
+        dict(lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.5),
+    ),
+    (optim.Adam, adam, dict(lr=0.01)),
+    (optim.Adam, adam, dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3, weight_decay=0.1)),
+    (optim.AdamW, adamw, dict(lr=0.01, weight_decay=0.5)),
+]
+CASES += [
+    (kind, uphill(formula), {**options, "maximize": True})
+    for kind, formula, options in CASES
+    if "weight_decay" in options
 ]
 IDS = [f"{kind.__name__}-{'-'.join(options)}" for kind, _, options in CASES]
 
@@ -217,7 +296,8 @@ def test_state_goes_round(kind, formula, options):
     take_steps(optimizer, parameters, range(3))
     optimizer.lr = 0.02
     state = optimizer.state_dict()
-    assert all(isinstance(v, (str, float, bool, np.ndarray)) for v in state.values())
+    plain = str, float, bool, list, np.ndarray
+    assert all(isinstance(v, plain) for v in state.values())
     weights = [p.data.numpy() for p in parameters]
     take_steps(optimizer, parameters, range(3, 6))
     expected = [p.data.numpy() for p in parameters]
@@ -290,14 +370,15 @@ def test_state_that_does_not_fit_changes_nothing(change, error, message):
         (lambda p: optim.SGD([np.zeros(3)]), TypeError, "must hold Parameters"),
         (lambda p: optim.SGD(p + p), ValueError, "given twice"),
         (lambda p: optim.SGD(p, lr=-1), ValueError, "lr must be finite"),
-        (lambda p: optim.SGD(p, momentum=1), ValueError, "momentum .* less than 1"),
+        (lambda p: optim.SGD(p, momentum=-1), ValueError, "momentum must be finite"),
+        (lambda p: optim.SGD(p, maximize=1), TypeError, "maximize must be True"),
         (lambda p: optim.SGD(p, weight_decay=-1), ValueError, "weight_decay must be"),
         (lambda p: optim.SGD(p, nesterov=True), ValueError, "momentum, which is 0"),
         (lambda p: optim.SGD(p, momentum=0.9, nesterov=1), TypeError, "nesterov"),
-        (lambda p: optim.RMSprop(p, alpha=1), ValueError, "alpha .* less than 1"),
+        (lambda p: optim.RMSprop(p, alpha=1.1), ValueError, "alpha .* from 0 to 1"),
         (lambda p: optim.RMSprop(p, beta=-0.1), ValueError, "alpha must be"),
-        (lambda p: optim.RMSprop(p, eps=0), ValueError, "eps must be positive"),
-        (lambda p: optim.RMSprop(p, eps=1e-50), ValueError, "eps must be positive"),
+        (lambda p: optim.RMSprop(p, eps=-1e-8), ValueError, "eps must be finite, not"),
+        (lambda p: optim.RMSprop(p, maximize=0), TypeError, "maximize must be True"),
         (lambda p: optim.RMSprop(p, eps=None), TypeError, "eps must be a number"),
         (
             lambda p: optim.RMSprop(p, initial_accumulator=np.inf),

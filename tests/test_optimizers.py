@@ -43,6 +43,18 @@ KINDS = {
         optim.Adagrad,
         {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5},
     ),
+    # the ends of what PyTorch takes
+    "SGD, all kept": (optim.SGD, {"momentum": 1.0, "dampening": 1.0}),
+    "RMSprop, all kept": (optim.RMSprop, {"alpha": 1.0, "momentum": 1.0, "eps": 1.0}),
+    "RMSprop, no eps": (optim.RMSprop, {"eps": 0.0, "alpha": 0.5}),
+    "Adam, no eps": (optim.Adam, {"eps": 0.0, "amsgrad": True}),
+    "Adagrad, no eps": (optim.Adagrad, {"eps": 0.0}),
+}
+# each of them uphill, too
+KINDS |= {
+    f"{name}, maximize": (kind, {**options, "maximize": True})
+    for name, (kind, options) in KINDS.items()
+    if "no eps" not in name
 }
 
 
@@ -105,7 +117,7 @@ def test_random_settings_are_those_of_torch(data):
             [optim.SGD, optim.RMSprop, optim.Adam, optim.AdamW, optim.Adagrad]
         )
     )
-    options = {"weight_decay": draw(decay)}
+    options = {"weight_decay": draw(decay), "maximize": draw(st.booleans())}
     if kind is optim.SGD:
         options |= {"momentum": draw(part), "dampening": draw(part)}
     elif kind is optim.RMSprop:
@@ -129,6 +141,47 @@ def test_random_settings_are_those_of_torch(data):
             atol=1e-5,
             err_msg=repr(options),
         )
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if "maximize" in name])
+def test_uphill_is_down_the_negated_gradient(name):
+    kind, options = KINDS[name]
+    found = []
+    for sign in 1, -1:
+        parameters = model_of().parameters()
+        optimizer = kind(parameters, 0.01, **(options | {"maximize": sign == 1}))
+        for seed in range(STEPS):
+            for parameter, gradient in zip(parameters, gradients(parameters, seed)):
+                parameter.grad.copy_(sign * gradient)
+            optimizer.lr = 0.01 / (1 + seed)
+            optimizer.step()
+        assert optimizer.lr == pytest.approx(0.01 / STEPS)
+        assert float(optimizer.lr_tensor) == pytest.approx(0.01 / STEPS)
+        found.append([p.data.numpy() for p in parameters])
+    for up, down in zip(*found):
+        np.testing.assert_array_equal(up, down)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (optim.RMSprop, {"alpha": 0.0}),
+        (optim.RMSprop, {"centered": True, "momentum": 0.9}),
+        (optim.Adam, {}),
+        (optim.AdamW, {"betas": (0.0, 0.0), "weight_decay": 0.0}),
+        (optim.Adagrad, {}),
+    ],
+)
+def test_without_eps_what_has_no_gradient_stays(kind, options):
+    parameter = nn.Parameter([1.0, 2.0, 3.0])
+    optimizer = kind([parameter], 0.5, eps=0, **options)
+    assert optimizer.eps == 0 and optimizer.state_dict()["eps"] == 0
+    for _ in range(3):
+        parameter.grad.copy_([0.0, 1.0, -1e-15])
+        optimizer.step()
+    first, *others = parameter.data.numpy()
+    assert first == 1 and np.isfinite(others).all() and others != [2, 3]
+    np.testing.assert_array_equal(parameter.slab.data.numpy()[3:], 0)
 
 
 def test_bias_correction_after_many_steps():
@@ -315,7 +368,9 @@ def test_state_that_does_not_fit_changes_nothing(change, error, message):
     [
         (lambda p: optim.Adam(p, betas=(0.9, 1)), ValueError, r"betas\[1\] must be"),
         (lambda p: optim.Adam(p, betas=0.9), TypeError, "betas must be two numbers"),
-        (lambda p: optim.Adam(p, eps=0), ValueError, "eps must be positive"),
+        (lambda p: optim.Adam(p, eps=-1), ValueError, "eps must be finite, not neg"),
+        (lambda p: optim.AdamW(p, maximize=1), TypeError, "maximize must be True"),
+        (lambda p: optim.Adagrad(p, maximize=None), TypeError, "maximize must be"),
         (lambda p: optim.AdamW(p, amsgrad=1), TypeError, "amsgrad must be True"),
         (lambda p: optim.Adagrad(p, lr_decay=-1), ValueError, "lr_decay must be"),
         (lambda p: optim.RMSprop(p, centered=1), TypeError, "centered must be True"),
@@ -332,7 +387,7 @@ def test_state_that_does_not_fit_changes_nothing(change, error, message):
             "has 'alpha', which SGD has not: expected params, lr, momentum",
         ),
         (
-            lambda p: optim.SGD([{"params": p, "momentum": 1}]),
+            lambda p: optim.SGD([{"params": p, "momentum": -1}]),
             ValueError,
             "momentum must be",
         ),
@@ -370,6 +425,8 @@ def groups_of(model, own):
         (optim.Adam, {"weight_decay": 0.1}, {"lr": 0.02, "amsgrad": True}),
         (optim.AdamW, {}, {"weight_decay": 0.0, "betas": (0.5, 0.5)}),
         (optim.Adagrad, {"lr_decay": 0.1}, {"lr": 0.5}),
+        (optim.AdamW, {"weight_decay": 0.5}, {"maximize": True, "lr": 0.02}),
+        (optim.SGD, {"momentum": 0.9, "maximize": True}, {"maximize": False}),
     ],
 )
 def test_groups_are_those_of_torch(kind, options, own):

@@ -1,13 +1,14 @@
 """CNNClassifier under scikit-learn's own checks, and with scikit-learn's tools."""
 
 import doctest
+import io
 import pickle
 
 import numpy as np
 import pytest
 
 import cycnn
-from cycnn import nn, optim, random
+from cycnn import devices, nn, optim, random
 
 pytest.importorskip("sklearn")
 
@@ -363,6 +364,24 @@ def test_partial_fit_learns_from_parts(images):
     assert model.loss_curve_[-1] < 0.5 * model.loss_curve_[0]
 
 
+def test_partial_fit_is_at_the_learning_rate_whatever_fit_left(images):
+    X, y = images
+    settings = {"optimizer": "sgd", "learning_rate": 0.1, "epochs": 1}
+    # this fit changes nothing, and leaves a rate of 0
+    model = classifier(**settings, schedule=lambda step, total: 0.0).fit(X, y)
+    fresh = classifier(**settings).partial_fit(X, y, classes=[0, 1, 2])
+    model.partial_fit(X, y)
+    for found, expected in zip(
+        model.model_.state_dict().values(), fresh.model_.state_dict().values()
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    model.set_params(learning_rate=0.0)
+    before = model.model_.state_dict()
+    model.partial_fit(X, y)
+    for name, array in model.model_.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
 def test_partial_fit_refuses_labels_that_it_was_not_told_of(images):
     X, y = images
     model = classifier()
@@ -404,6 +423,47 @@ def test_a_pickle_predicts_and_trains_as_the_original(images, optimizer):
         one.partial_fit(X, y)
     assert same_weights(loaded, model)
     assert loaded.loss_curve_ == model.loss_curve_ and loaded.n_iter_ == 3
+
+
+class Elsewhere(nn.Sequential):
+    """Says that it is on a GPU, until it is moved."""
+
+    place = devices.Device("cuda")
+
+    @property
+    def device(self):
+        return self.place
+
+    def to(self, device):
+        self.place = cycnn.device(device)
+        return super().to(device)
+
+
+class Looked(pickle.Unpickler):
+    """Notes what a pickle is made of."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.made_of = set()
+
+    def find_class(self, module, name):
+        self.made_of.add(name)
+        return super().find_class(module, name)
+
+
+def test_a_pickle_has_nothing_of_a_gpu(images):
+    X, y = images
+    model = classifier(epochs=1, optimizer="sgd", momentum=0.9).fit(X, y)
+    model.network = Elsewhere(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(90, 3))
+    model.model_ = Elsewhere(*model.model_)
+    content = pickle.dumps(model)
+    looked = Looked(io.BytesIO(content))
+    loaded = looked.load()
+    assert loaded.network.place == loaded.model_.place == "cpu"
+    assert b"cuda" not in content
+    assert "ndarray" in looked.made_of and "Tensor" not in looked.made_of
+    # and the classifier keeps what it had
+    assert model.network.place == model.model_.place == "cuda:0"
 
 
 def test_a_pickle_loads_where_its_device_is_not(images, run_python, tmp_path):

@@ -142,15 +142,15 @@ LAYERS = {
 
 def optimizers(draw):
     """(name, options) of one in both libraries."""
-    decay = {"weight_decay": 0.1 * draw.maybe()}
+    more = {"weight_decay": 0.1 * draw.maybe(), "maximize": draw.maybe()}
     return [
-        ("SGD", {"momentum": 0.9, "dampening": 0.2, **decay}),
-        ("SGD", {"momentum": 0.8, "nesterov": True, **decay}),
-        ("RMSprop", {"alpha": 0.9, "eps": 1e-3, "centered": draw.maybe(), **decay}),
-        ("RMSprop", {"eps": 1e-3, "momentum": 0.5, **decay}),
-        ("Adam", {"eps": 1e-3, "amsgrad": draw.maybe(), **decay}),
-        ("AdamW", {"eps": 1e-3, "betas": (0.8, 0.95), **decay}),
-        ("Adagrad", {"eps": 1e-3, "lr_decay": 0.1, **decay}),
+        ("SGD", {"momentum": 0.9, "dampening": 0.2, **more}),
+        ("SGD", {"momentum": 0.8, "nesterov": True, **more}),
+        ("RMSprop", {"alpha": 0.9, "eps": 1e-3, "centered": draw.maybe(), **more}),
+        ("RMSprop", {"eps": 1e-3, "momentum": 0.5, **more}),
+        ("Adam", {"eps": 1e-3, "amsgrad": draw.maybe(), **more}),
+        ("AdamW", {"eps": 1e-3, "betas": (0.8, 0.95), **more}),
+        ("Adagrad", {"eps": 1e-3, "lr_decay": 0.1, **more}),
     ]
 
 

@@ -30,6 +30,9 @@ class ArrayDataset:
         for each channel. :meth:`normalised` finds them.
     classes : int, optional
         Number of classes; by default one more than the largest label.
+    ignore_index : int, optional
+        Label of images that have none, such as -100 or 255. A loss with the same
+        ``ignore_index`` leaves them out, and so does the accuracy.
 
     Attributes
     ----------
@@ -37,12 +40,14 @@ class ArrayDataset:
     labels : numpy.ndarray, int32
     scale, shift : float, or both tuples of C floats
     classes : int
+    ignore_index : int or None
 
     Raises
     ------
     DataError
-        If the shapes do not fit each other, a label is not in ``range(classes)``, or
-        an image holds NaN or an infinity; the first such element is named.
+        If the shapes do not fit each other, a label is neither in ``range(classes)``
+        nor ``ignore_index``, or an image holds NaN or an infinity; the first such
+        element is named.
     TypeError
         If images are not real numbers or labels not integers.
 
@@ -61,10 +66,15 @@ class ArrayDataset:
     has_classes = True
     # whether a model shall make of an image the image itself
     own_images = False
+    ignore_index = None
 
-    def __init__(self, images, labels, scale=1.0, shift=0.0, classes=None):
+    def __init__(
+        self, images, labels, scale=1.0, shift=0.0, classes=None, ignore_index=None
+    ):
         images = _as_images(images)
-        labels, classes = _as_labels(labels, classes)
+        if ignore_index is not None:
+            self.ignore_index = _as_ignore_index(ignore_index)
+        labels, classes = _as_labels(labels, classes, self.ignore_index)
         if len(images) != len(labels):
             raise DataError(
                 f"{len(images)} images but {len(labels)} labels: each image needs one"
@@ -99,6 +109,7 @@ class ArrayDataset:
             self.shift,
             self.classes,
         )
+        made.ignore_index = self.ignore_index
         return made
 
     def subset(self, n: int) -> ArrayDataset:
@@ -151,9 +162,12 @@ class ArrayDataset:
         return made
 
     def __repr__(self):
+        ignored = ""
+        if self.ignore_index is not None:
+            ignored = f"ignore_index={self.ignore_index}, "
         return (
             f"ArrayDataset({len(self)} images of shape {self.image_shape}, "
-            f"{self.images.dtype}, {self.classes} classes, "
+            f"{self.images.dtype}, {self.classes} classes, {ignored}"
             f"scale={_text(self.scale)}, shift={_text(self.shift)})"
         )
 
@@ -226,7 +240,17 @@ def _refuse_non_finite(images, name="image") -> None:
             )
 
 
-def _as_labels(labels, classes) -> tuple:
+def _as_ignore_index(value) -> int:
+    """A label of images that do not count."""
+    value = operator.index(value)
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(
+            f"ignore_index is {value}: labels are int32, which cannot be that"
+        )
+    return value
+
+
+def _as_labels(labels, classes, ignored=None) -> tuple:
     labels = np.asarray(labels)
     if labels.ndim != 1:
         raise DataError(
@@ -235,13 +259,17 @@ def _as_labels(labels, classes) -> tuple:
         )
     if labels.size and labels.dtype.kind not in "iu":
         raise TypeError(f"labels of dtype {labels.dtype}: expected integers")
+    if ignored is None:
+        counts = np.ones(labels.shape, bool)
+    else:
+        counts = labels != ignored
     if classes is None:
-        classes = int(labels.max()) + 1 if labels.size else 0
+        classes = int(labels[counts].max()) + 1 if counts.any() else 0
     else:
         classes = operator.index(classes)
         if classes < 1:
             raise ValueError(f"classes must be 1 or more, got {classes}")
-    outside = (labels < 0) | (labels >= classes)
+    outside = counts & ((labels < 0) | (labels >= classes))
     if outside.any():
         at = int(outside.argmax())
         limit = f"0 to {classes - 1}" if classes > 0 else "0 or more"

@@ -20,7 +20,14 @@ _PACKINGS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 
 
 def load_npz(
-    path, images=None, labels=None, layout=None, scale=1.0, shift=0.0, classes=None
+    path,
+    images=None,
+    labels=None,
+    layout=None,
+    scale=1.0,
+    shift=0.0,
+    classes=None,
+    ignore_index=None,
 ) -> ArrayDataset:
     """A dataset from two arrays of an ``.npz`` file, as ``numpy.savez`` writes it.
 
@@ -34,7 +41,7 @@ def load_npz(
     layout : {"NCHW", "NHWC"}, optional
         Where the channels of four-dimensional images are. By default on the axis of
         size 1, 3 or 4, which must be either the second or the last, not both.
-    scale, shift, classes
+    scale, shift, classes, ignore_index
         As in :class:`ArrayDataset`.
 
     Raises
@@ -73,7 +80,7 @@ def load_npz(
     if classes_of.ndim == 2 and classes_of.shape[1] == 1:
         classes_of = classes_of[:, 0]
     try:
-        return ArrayDataset(pixels, classes_of, scale, shift, classes)
+        return ArrayDataset(pixels, classes_of, scale, shift, classes, ignore_index)
     except (DataError, TypeError) as error:
         raise DataError(f"{name}: {images} with {labels}: {error}") from error
 

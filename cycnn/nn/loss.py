@@ -233,9 +233,12 @@ class NLLLoss(ClassLoss):
     weight : array_like of float, shape (F,), optional
         How much each class counts, for instance the less the more images it has.
     ignore_index : int, optional
-        Rows with this label do not count: no part of the value, gradient 0. Of a
-        :class:`~cycnn.Trainer`'s data set it has to be one of the classes. (PyTorch's
-        default is -100; here every label counts unless asked otherwise.)
+        Rows with this label do not count: no part of the value, gradient 0. Nor do
+        they in the accuracy of a :class:`~cycnn.Trainer`, unless it is one of the
+        classes: the accuracy is then that over all images. A data set may have labels
+        below 0 or above its classes if it is told so, too: ``ArrayDataset(...,
+        ignore_index=-100)``. (PyTorch's default is -100; here every label counts unless
+        asked otherwise.)
     reduction : {"mean", "sum"}
         With weights the mean is the weighted one: divided by the sum of the weights of
         the labels. If no row counts it is NaN, and all gradients are 0.

@@ -25,6 +25,8 @@ def load(source) -> nn.Sequential:
     ----------
     source : str, os.PathLike, bytes or onnx.ModelProto
         A path, the content of a file, or what the package onnx has read. Opset 9 to 22.
+        Weights in files of their own, as PyTorch's exporter writes them, are read where
+        a path is given, from the folder of the model and those inside of it only.
 
     Returns
     -------
@@ -40,6 +42,7 @@ def load(source) -> nn.Sequential:
         If the file is damaged, or has something that no layer does. The message names
         the file and the node.
     FileNotFoundError
+        If the file is not there, or one with its weights.
 
     Notes
     -----
@@ -69,12 +72,13 @@ def load(source) -> nn.Sequential:
     onnx = onnx_package()
     from google.protobuf.message import DecodeError
 
-    model, name = source, "the given model"
+    model, name, folder = source, "the given model", None
     if not isinstance(source, onnx.ModelProto):
         if isinstance(source, (bytes, bytearray, memoryview)):
             content, name = bytes(source), "the given bytes"
         else:
             name = os.fspath(source)
+            folder = os.path.dirname(os.path.abspath(name))
             with open(name, "rb") as file:
                 content = file.read()
         try:
@@ -84,7 +88,7 @@ def load(source) -> nn.Sequential:
     try:
         # weights that are no numbers are not what a warning would be about
         with np.errstate(all="ignore"):
-            return _Reader(onnx, model).sequential()
+            return _Reader(onnx, model, folder).sequential()
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
 
@@ -116,6 +120,14 @@ class _Node:
 class _Reader:
     """Walks along the chain, and along each branch of it.
 
+    Parameters
+    ----------
+    onnx : module
+    model : onnx.ModelProto
+        Changed where weights are read from other files.
+    folder : str or None
+        Where these files are; None refuses them.
+
     Attributes
     ----------
     layers : list of Layer
@@ -133,12 +145,14 @@ class _Reader:
         How many nodes, or the output, take the value of a name.
     """
 
-    def __init__(self, onnx, model):
+    def __init__(self, onnx, model, folder):
         self.onnx, self.graph = onnx, model.graph
         self.layers, self.constants = [], {}
         # first, because the checker would look for the files
-        for tensor in model.graph.initializer:
-            self._refuse_external(tensor)
+        attributes = [a for node in model.graph.node for a in node.attribute]
+        for tensor in (*model.graph.initializer, *(a.t for a in attributes)):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                self._read_external(tensor, folder)
         try:
             onnx.checker.check_model(model)
             self.nodes = [_Node(onnx, proto) for proto in model.graph.node]
@@ -402,9 +416,11 @@ class _Reader:
     def _block(self, node, branches):
         if node.operator == "Concat":
             axis = node("axis", 1)
-            if axis != 1:
+            axes = _axes_behind(branches[0], self.axes)
+            if axis != 1 and (axes is None or axis + axes != 1):
                 raise node.refused(
-                    f"axis is {axis}, only 1, the channels, is supported"
+                    f"axis is {axis} of {axes or 'unknown many'} axes, only 1, the "
+                    f"channels, is supported"
                 )
             return nn.Concat(*branches)
         if not any(map(len, branches)):
@@ -433,16 +449,62 @@ class _Reader:
 
     # constants
 
-    def _refuse_external(self, tensor):
-        if tensor.data_location == self.onnx.TensorProto.EXTERNAL:
+    def _read_external(self, tensor, folder):
+        """Fetch what a tensor says lies in another file, if that is in ``folder``.
+
+        Nothing that the model says is believed: not that the file is inside, also
+        behind links, nor how much of it there is.
+        """
+        what = f"tensor {tensor.name!r}"
+        if folder is None:
             raise DataError(
-                f"tensor {tensor.name!r} lies in another file. To read both: "
-                f"cycnn.onnx.load(onnx.load(path)). torch.onnx.export makes one file "
-                f"with external_data=False"
+                f"{what} lies in another file: give the path of the model, beside "
+                f"which it is"
             )
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        try:
+            folder = os.path.realpath(folder)
+            path = os.path.realpath(os.path.join(folder, location))
+            inside = os.path.commonpath([folder, path]) == folder != path
+        except ValueError:  # a zero byte
+            inside = False
+        if not inside or os.path.isabs(location):
+            raise DataError(
+                f"{what} lies in {location!r}, which is not inside the folder of the "
+                f"model and is not read"
+            )
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{what} lies in {location!r}, which is not beside the model: there is "
+                f"no {path}"
+            )
+        if not os.path.isfile(path):
+            raise DataError(f"{what} lies in {location!r}, which is no file")
+        try:
+            dtype = self.onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            start = int(entries.get("offset", 0))
+            size = math.prod(tensor.dims) * dtype.itemsize
+            given = int(entries.get("length", size))
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{what} is damaged ({error})") from None
+        if min(start, *tensor.dims, 0) < 0 or given != size or dtype.hasobject:
+            raise DataError(
+                f"{what} is damaged: {given} bytes from {start} on, expected {size}"
+            )
+        with open(path, "rb") as file:
+            there = os.fstat(file.fileno()).st_size
+            if start + size > there:
+                raise DataError(
+                    f"{what} is {size} bytes from {start} on of {location!r}, which "
+                    f"has {there}"
+                )
+            file.seek(start)
+            tensor.raw_data = file.read(size)
+        tensor.data_location = self.onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
 
     def _array(self, tensor) -> np.ndarray:
-        self._refuse_external(tensor)
         try:
             array = self.onnx.numpy_helper.to_array(tensor)
         except (ValueError, TypeError, KeyError) as error:

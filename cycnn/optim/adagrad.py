@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .optimizer import Optimizer, checked, hyperparameter
+from .optimizer import Optimizer, above_zero, checked, flag, hyperparameter
 
 
 class Adagrad(Optimizer):
@@ -21,7 +21,10 @@ class Adagrad(Optimizer):
     initial_accumulator_value : float
         What the sum starts at.
     eps : float
-        Added to the root, so that nothing is divided by zero. Must be positive.
+        Added to the root, so that nothing is divided by zero. With 0 an element whose
+        gradients were all 0 stays as it is.
+    maximize : bool
+        Step along the gradient instead of against it.
 
     Notes
     -----
@@ -41,6 +44,8 @@ class Adagrad(Optimizer):
         weight_decay=0.0,
         initial_accumulator_value=0.0,
         eps=1e-10,
+        *,
+        maximize=False,
     ):
         super().__init__(
             params,
@@ -50,24 +55,27 @@ class Adagrad(Optimizer):
                 "weight_decay": weight_decay,
                 "initial_accumulator_value": initial_accumulator_value,
                 "eps": eps,
+                "maximize": maximize,
             },
         )
 
     @staticmethod
-    def _checked(lr_decay, weight_decay, initial_accumulator_value, eps):
+    def _checked(lr_decay, weight_decay, initial_accumulator_value, eps, maximize):
         return {
             "lr_decay": checked("lr_decay", lr_decay),
             "weight_decay": checked("weight_decay", weight_decay),
             "initial_accumulator_value": checked(
                 "initial_accumulator_value", initial_accumulator_value
             ),
-            "eps": checked("eps", eps, positive=True),
+            "eps": checked("eps", eps),
+            "maximize": flag("maximize", maximize),
         }
 
     lr_decay = hyperparameter("lr_decay")
     weight_decay = hyperparameter("weight_decay")
     initial_accumulator_value = hyperparameter("initial_accumulator_value")
     eps = hyperparameter("eps")
+    maximize = hyperparameter("maximize")
 
     def _initial_state(self, settings):
         return {"sum": settings["initial_accumulator_value"]}
@@ -83,14 +91,15 @@ class Adagrad(Optimizer):
 
     def _arguments(self, run):
         settings = run.group.settings
+        lr, weight_decay = run.group.rate_and_decay()
         return (
             run.data,
             run.grad,
             run.state["sum"],
             self._counter,
             self._is_last(run),
-            run.group.lr_tensor,
+            lr,
             settings["lr_decay"],
-            settings["eps"],
-            settings["weight_decay"],
+            above_zero(settings["eps"]),
+            weight_decay,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .optimizer import Optimizer, checked, flag, hyperparameter
+from .optimizer import Optimizer, above_zero, checked, flag, hyperparameter
 
 
 class Adam(Optimizer):
@@ -18,13 +18,17 @@ class Adam(Optimizer):
         How much of the mean, and of the mean square, stays at each step; from 0 to less
         than 1.
     eps : float
-        Added to the root, so that nothing is divided by zero. Must be positive.
+        Added to the root, so that nothing is divided by zero. With 0 an element whose
+        gradients were all 0 stays as it is.
     weight_decay : float
         L2 penalty: this times the parameter is added to the gradient. (:class:`AdamW`
         shrinks the parameter itself.)
     amsgrad : bool
         Divide by the largest mean square so far. Its step is not part of the fused
         update: gradients are summed before it.
+    maximize : bool
+        Step along the gradient instead of against it. ``exp_avg`` of the state is then
+        the mean of the gradients as they are, of which PyTorch keeps the negative.
 
     Notes
     -----
@@ -51,6 +55,8 @@ class Adam(Optimizer):
         eps=1e-8,
         weight_decay=0.0,
         amsgrad=False,
+        *,
+        maximize=False,
     ):
         super().__init__(
             params,
@@ -60,11 +66,12 @@ class Adam(Optimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "amsgrad": amsgrad,
+                "maximize": maximize,
             },
         )
 
     @staticmethod
-    def _checked(betas, eps, weight_decay, amsgrad):
+    def _checked(betas, eps, weight_decay, amsgrad, maximize):
         try:
             beta1, beta2 = betas
         except (TypeError, ValueError):
@@ -75,9 +82,10 @@ class Adam(Optimizer):
                 checked("betas[0]", beta1, below=1),
                 checked("betas[1]", beta2, below=1),
             ],
-            "eps": checked("eps", eps, positive=True),
+            "eps": checked("eps", eps),
             "weight_decay": checked("weight_decay", weight_decay),
             "amsgrad": flag("amsgrad", amsgrad),
+            "maximize": flag("maximize", maximize),
         }
 
     @property
@@ -88,6 +96,7 @@ class Adam(Optimizer):
     eps = hyperparameter("eps")
     weight_decay = hyperparameter("weight_decay")
     amsgrad = hyperparameter("amsgrad")
+    maximize = hyperparameter("maximize")
 
     def _initial_state(self, settings):
         state = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
@@ -124,13 +133,14 @@ class Adam(Optimizer):
 
     def _numbers(self, run):
         settings = run.group.settings
+        lr, weight_decay = run.group.rate_and_decay()
         return (
             self._counter,
             self._is_last(run),
-            run.group.lr_tensor,
+            lr,
             *settings["betas"],
-            settings["eps"],
-            settings["weight_decay"],
+            above_zero(settings["eps"]),
+            weight_decay,
             self._decoupled,
         )
 
@@ -140,7 +150,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad
+    params, lr, betas, eps, amsgrad, maximize
         As of :class:`Adam`.
     weight_decay : float
         Each step takes this times lr from the parameter, whatever the gradient is.
@@ -161,5 +171,9 @@ class AdamW(Adam):
         eps=1e-8,
         weight_decay=0.01,
         amsgrad=False,
+        *,
+        maximize=False,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize
+        )

@@ -147,13 +147,30 @@ class ParamGroup:
         The other hyper-parameters.
     lr_tensor : Tensor
         The learning rate on the device: float32, shape ().
+    negated_lr : Tensor or None
+        Minus that, as of the last update, if the group is to maximize.
     """
 
     def __init__(self, params, lr, settings):
         self.params = params
         self.settings = settings
         self._lr = lr
-        self.lr_tensor = None
+        self.lr_tensor = self.negated_lr = None
+
+    @property
+    def maximizes(self) -> bool:
+        return self.settings.get("maximize", False)
+
+    def rate_and_decay(self) -> tuple:
+        """The learning rate (a Tensor) and weight decay that an update computes with.
+
+        With both negated, every formula is that of the negated gradient. What is
+        remembered of gradients, not of their squares, has the other sign then.
+        """
+        decay = self.settings["weight_decay"]
+        if self.maximizes:
+            return self.negated_lr, -decay
+        return self.lr_tensor, decay
 
     @property
     def lr(self) -> float:
@@ -214,7 +231,9 @@ class PartialStep:
         recording : bool
             Whether a graph records this; :meth:`upload` must follow the recording.
         """
-        for run, updater in zip(self._optimizer.runs, self._updaters):
+        runs = self._optimizer.runs
+        self._optimizer._negate_rates()
+        for run, updater in zip(runs, self._updaters):
             entries = []
             for parameter in run.parameters:
                 parts = partials.get(parameter)
@@ -268,7 +287,7 @@ class Optimizer:
     # int32 (2,), see _settle
     _counter = None
     # settings that are left out of repr and state_dict where they have this value
-    _unsaid: ClassVar[dict] = {}
+    _unsaid: ClassVar[dict] = {"maximize": False}
 
     def __init__(self, params, lr, settings):
         refuse_layer(params)
@@ -351,12 +370,32 @@ class Optimizer:
             group.lr_tensor = rates if one else rates[i]
             self._ops.fill(group.lr_tensor, group.lr)
         self._lr_on_device = rates
+        self._make_negated()
         # steps done, and what the GPU's blocks count with; None if nobody asks
         before, self._counter = self._counter, None
         if any(self._counts_steps(group.settings) for group in groups):
             self._counter = zeros(2, "int32", device)
             if before is not None:
                 self._counter.copy_(before)
+
+    def _make_negated(self):
+        """Room for the negated learning rates of groups that maximize."""
+        rates, groups = self._lr_on_device, self._groups
+        self._negated = None
+        if any(group.maximizes for group in groups):
+            self._negated = empty(rates.shape, device=rates.device)
+            for i, group in enumerate(groups):
+                group.negated_lr = self._negated[i] if rates.shape else self._negated
+
+    def _negate_rates(self):
+        """Negate the learning rates, before an update that reads them.
+
+        On the device and in each step, since a recorded one finds a new rate there.
+        """
+        if self._negated is not None:
+            self._ops.fill(self._negated, 0.0)
+            # as an average: 2 * 0 + (1 - 2) lr, which is exact
+            self._ops.ema_step(self._negated, self._lr_on_device, 2.0)
 
     def _find_runs(self):
         runs = []
@@ -432,6 +471,7 @@ class Optimizer:
         """Update all parameters by their gradients."""
         # first, since it may replace what the loop uses
         runs = self.runs
+        self._negate_rates()
         ops = self._ops
         for run in runs:
             self._update(ops, run)
@@ -565,6 +605,8 @@ class Optimizer:
         # memory is replaced only where it must be, so that addresses stay as they are
         for mine, other in zip(self._groups, twin._groups):
             mine.settings = other.settings
+        if (self._negated is None) != (twin._negated is None):
+            self._make_negated()
         if [run.state.keys() for run in self._places.runs] != [
             run.state.keys() for run in twin._places.runs
         ]:
@@ -653,6 +695,15 @@ def _as_groups(params) -> list:
         else given
         for given in params
     ]
+
+
+def above_zero(eps) -> float:
+    """``eps`` as updates add it to a root: at least the smallest number of float32.
+
+    To a root that is not 0 that adds nothing, and 0 / 0 is 0, not NaN: a parameter that
+    never had a gradient stays, as does the padding between parameters.
+    """
+    return max(eps, _SMALLEST)
 
 
 def flag(name, value) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .optimizer import Optimizer, checked, flag, hyperparameter
+from .optimizer import Optimizer, above_zero, checked, flag, hyperparameter
 
 
 class RMSprop(Optimizer):
@@ -17,10 +17,11 @@ class RMSprop(Optimizer):
     lr : float
         Learning rate.
     alpha : float
-        How much of the running mean stays at each step, from 0 to less than 1. Some
-        call it beta; ``beta=`` is accepted as well.
+        How much of the running mean stays at each step, from 0 to 1. Some call it
+        beta; ``beta=`` is accepted as well.
     eps : float
-        Added to the root, so that nothing is divided by zero. Must be positive.
+        Added to the root, so that nothing is divided by zero. With 0 an element whose
+        gradients were all 0 stays as it is.
     weight_decay : float
         L2 penalty: this times the parameter is added to the gradient.
     momentum : float
@@ -32,6 +33,9 @@ class RMSprop(Optimizer):
     centered : bool
         Divide by the standard deviation of the gradient instead, the root of the mean
         square less the squared mean.
+    maximize : bool
+        Step along the gradient instead of against it. ``momentum_buffer`` and
+        ``grad_avg`` of the state then have the other sign than in PyTorch.
 
     Notes
     -----
@@ -58,6 +62,7 @@ class RMSprop(Optimizer):
         *,
         centered=False,
         beta=None,
+        maximize=False,
     ):
         if beta is not None:
             if alpha != 0.99:
@@ -76,20 +81,27 @@ class RMSprop(Optimizer):
                 "momentum": momentum,
                 "initial_accumulator": initial_accumulator,
                 "centered": centered,
+                "maximize": maximize,
             },
         )
 
-    _unsaid: ClassVar[dict] = {"centered": False}
+    _unsaid: ClassVar[dict] = {"centered": False, "maximize": False}
 
     @staticmethod
-    def _checked(alpha, eps, weight_decay, momentum, initial_accumulator, centered):
+    def _checked(
+        alpha, eps, weight_decay, momentum, initial_accumulator, centered, maximize
+    ):
+        alpha = checked("alpha", alpha)
+        if alpha > 1:  # the mean of squares would be negative
+            raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
         return {
-            "alpha": checked("alpha", alpha, below=1),
-            "eps": checked("eps", eps, positive=True),
+            "alpha": alpha,
+            "eps": checked("eps", eps),
             "weight_decay": checked("weight_decay", weight_decay),
-            "momentum": checked("momentum", momentum, below=1),
+            "momentum": checked("momentum", momentum),
             "initial_accumulator": checked("initial_accumulator", initial_accumulator),
             "centered": flag("centered", centered),
+            "maximize": flag("maximize", maximize),
         }
 
     alpha = hyperparameter("alpha")
@@ -98,6 +110,7 @@ class RMSprop(Optimizer):
     momentum = hyperparameter("momentum")
     initial_accumulator = hyperparameter("initial_accumulator")
     centered = hyperparameter("centered")
+    maximize = hyperparameter("maximize")
 
     def _initial_state(self, settings):
         state = {"square_avg": settings["initial_accumulator"]}
@@ -123,14 +136,15 @@ class RMSprop(Optimizer):
 
     def _arguments(self, run):
         settings, state = run.group.settings, run.state
+        lr, weight_decay = run.group.rate_and_decay()
         return (
             run.data,
             run.grad,
             state["square_avg"],
             state.get("momentum_buffer"),
-            run.group.lr_tensor,
+            lr,
             settings["alpha"],
-            settings["eps"],
-            settings["weight_decay"],
+            above_zero(settings["eps"]),
+            weight_decay,
             settings["momentum"],
         )

@@ -17,7 +17,7 @@ class SGD(Optimizer):
     lr : float
         Learning rate.
     momentum : float
-        How much of the last step is kept for the next one, from 0 to less than 1.
+        How much of the last step is kept for the next one.
     weight_decay : float
         L2 penalty: this times the parameter is added to the gradient.
     nesterov : bool
@@ -25,6 +25,9 @@ class SGD(Optimizer):
     dampening : float
         How much of the gradient is kept out of the momentum, from 0 to 1. Its step is
         not part of the fused update: gradients are summed before it.
+    maximize : bool
+        Step along the gradient instead of against it. ``momentum_buffer`` of the state
+        then has the other sign than in PyTorch.
 
     Notes
     -----
@@ -45,6 +48,7 @@ class SGD(Optimizer):
         nesterov=False,
         *,
         dampening=0.0,
+        maximize=False,
     ):
         super().__init__(
             params,
@@ -54,15 +58,16 @@ class SGD(Optimizer):
                 "weight_decay": weight_decay,
                 "nesterov": nesterov,
                 "dampening": dampening,
+                "maximize": maximize,
             },
         )
 
-    _unsaid: ClassVar[dict] = {"dampening": 0.0}
+    _unsaid: ClassVar[dict] = {"dampening": 0.0, "maximize": False}
 
     @staticmethod
-    def _checked(momentum, weight_decay, nesterov, dampening):
+    def _checked(momentum, weight_decay, nesterov, dampening, maximize):
         flag("nesterov", nesterov)
-        momentum = checked("momentum", momentum, below=1)
+        momentum = checked("momentum", momentum)
         dampening = checked("dampening", dampening)
         if dampening > 1:
             raise ValueError(f"dampening must be from 0 to 1, got {dampening}")
@@ -75,12 +80,14 @@ class SGD(Optimizer):
             "weight_decay": checked("weight_decay", weight_decay),
             "nesterov": nesterov,
             "dampening": dampening,
+            "maximize": flag("maximize", maximize),
         }
 
     momentum = hyperparameter("momentum")
     weight_decay = hyperparameter("weight_decay")
     nesterov = hyperparameter("nesterov")
     dampening = hyperparameter("dampening")
+    maximize = hyperparameter("maximize")
 
     def _initial_state(self, settings):
         return {"momentum_buffer": 0.0} if settings["momentum"] else {}
@@ -91,16 +98,17 @@ class SGD(Optimizer):
     def _update(self, ops, run):
         settings = run.group.settings
         if _is_damped(settings):
+            lr, weight_decay = run.group.rate_and_decay()
             ops.damped_sgd_step(
                 run.data,
                 run.grad,
                 run.state["momentum_buffer"],
                 self._counter,
                 self._is_last(run),
-                run.group.lr_tensor,
+                lr,
                 settings["momentum"],
                 settings["dampening"],
-                settings["weight_decay"],
+                weight_decay,
                 settings["nesterov"],
             )
         else:
@@ -114,13 +122,14 @@ class SGD(Optimizer):
 
     def _arguments(self, run):
         settings = run.group.settings
+        lr, weight_decay = run.group.rate_and_decay()
         return (
             run.data,
             run.grad,
             run.state.get("momentum_buffer"),
-            run.group.lr_tensor,
+            lr,
             settings["momentum"],
-            settings["weight_decay"],
+            weight_decay,
             settings["nesterov"],
         )
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import random, shapes
 from ..data import ArrayDataset, DataLoader, TargetDataset
+from ..devices import CPU
 from ..errors import DataError, ShapeError
 from ..nn import LogSoftmax, Predictor, Sequential, Softmax, weights
 from ..nn.arguments import count
@@ -46,23 +47,38 @@ class Tally:
 
     What is added on the device (:meth:`add`) and what the host counts (:meth:`count`)
     are apart, since a replayed step does the first without Python.
+
+    ``ignored`` is the label of images that do not count in the accuracy. No score is
+    for it, so none of them is a hit, and the host divides by the others. (Where it is a
+    class, they all count.)
     """
 
-    def __init__(self, loader):
+    def __init__(self, loader, ignored=None):
         device = loader.device
         self._ops = for_device(device)
+        self._loader = loader
         self._batch_size = loader.batch_size
         # no classes: nothing is right or wrong, there is a loss alone
         self._classes = None
+        # whose labels are not the ignored one; None: all
+        self._labelled = None
         if loader.dataset.has_classes:
-            self._classes = int(loader.dataset.labels.max(initial=-1)) + 1
+            labels = loader.dataset.labels
+            labelled = np.ones(labels.shape, bool)
+            if ignored is not None:
+                labelled = labels != ignored
+            self._classes = int(labels.max(initial=-1, where=labelled)) + 1
+            if not labelled.all():
+                self._ignored, self._labelled = ignored, labelled
+        self._epoch = self._labelled_in_order = None
         self._loss_sum = zeros((), device=device)
         self._rest = zeros((), device=device)
         self._hits = zeros((), "int32", device)
         self._full = self._rest_count = 0
 
-    def clear(self):
+    def clear(self, epoch):
         """Begin an epoch."""
+        self._epoch, self._labelled_in_order = epoch, None
         for tensor in (self._loss_sum, self._rest, self._hits):
             self._ops.fill(tensor, 0)
         self._full = self._rest_count = 0
@@ -77,6 +93,9 @@ class Tally:
                 f"the data set has labels up to {self._classes - 1}, and the model gives "
                 f"{scores.shape[-1]} scores an image: it needs {self._classes}"
             )
+        if self._labelled is not None and 0 <= self._ignored < scores.shape[-1]:
+            # a class, which the device finds hits of
+            self._labelled = None
 
     def add(self, losses, scores, labels, feed=None):
         """Add a batch on the device; ``losses``: its loss, or terms of which it is the
@@ -113,7 +132,22 @@ class Tally:
         total = float(self._loss_sum) * self._batch_size
         if self._rest_count:
             total += float(self._rest) * self._rest_count
-        return total / count, int(self._hits) / count if classifies else None
+        if not classifies:
+            return total / count, None
+        judged = self._judged(count)
+        return total / count, int(self._hits) / judged if judged else float("nan")
+
+    def _judged(self, count):
+        """How many of the epoch's first ``count`` images have a label."""
+        labelled = self._labelled
+        if labelled is None:
+            return count
+        if count < len(labelled):
+            if self._labelled_in_order is None:
+                order = self._loader.order(self._epoch, CPU).numpy()
+                self._labelled_in_order = labelled[order]
+            labelled = self._labelled_in_order[:count]
+        return int(np.count_nonzero(labelled))
 
     def state(self) -> dict:
         """Everything, as numbers that JSON keeps exactly."""
@@ -221,7 +255,9 @@ class Trainer:
         Whatever fits the model's output: NLLLoss for a model that ends in LogSoftmax,
         CrossEntropyLoss for one that ends in plain scores; for numbers MSELoss, L1Loss,
         SmoothL1Loss or BCEWithLogitsLoss. The loss of an epoch is the mean of those of
-        its batches, weighted by their images.
+        its batches, weighted by their images; NaN if a batch has none but images whose
+        label is the loss's ``ignore_index``. Their labels count in no accuracy, unless
+        they are a class.
     optimizer : optim.Optimizer
         Of the model's parameters, or of some of them. Its learning rate at this moment
         is the base that the schedule multiplies.
@@ -414,7 +450,7 @@ class Trainer:
                     # an interrupted epoch; the model may have moved since
                     self._partial = self._tally_state()
                 self.epochs, self.steps_per_epoch = epochs, len(loader)
-                self._tally = Tally(loader)
+                self._tally = Tally(loader, self._ignored(train))
                 steps = self._steps(loader)
             self._stopped = False
             if self.epoch >= epochs:
@@ -464,6 +500,20 @@ class Trainer:
                 f"{self.loss!r} is of class indices, {dataset!r} has numbers: give an "
                 f"ArrayDataset, or a loss of numbers such as MSELoss"
             )
+        ignored = dataset.ignore_index
+        if ignored is None or not isinstance(self.loss, ClassLoss):
+            return
+        if self.loss.ignore_index != ignored and (dataset.labels == ignored).any():
+            raise DataError(
+                f"{dataset!r} has images to ignore, of label {ignored}, which "
+                f"{self.loss!r} does not: give it ignore_index={ignored}"
+            )
+
+    def _ignored(self, dataset):
+        """The label of images that do not count, or None."""
+        if dataset.ignore_index is not None:
+            return dataset.ignore_index
+        return getattr(self.loss, "ignore_index", None)
 
     def _check_order(self, seed, shuffle, batch_size, images, augment):
         order = {
@@ -506,7 +556,7 @@ class Trainer:
             # a prediction leaves the mode as it met it
             self.model.train()
             tally = self._tally
-            tally.clear()
+            tally.clear(self.epoch)
             if self._partial is not None:
                 tally.restore(self._partial)
                 self._partial = None
@@ -592,7 +642,7 @@ class Trainer:
 
     def _evaluate(self, loader):
         with self._averaged():
-            tally = Tally(loader)
+            tally = Tally(loader, self._ignored(loader.dataset))
             predictor = self._predictor()
             for images, labels in loader:
                 scores = predictor.scores(images, loader.batch_size)
