@@ -141,6 +141,35 @@ def test_entries_others_could_write_are_not_read(folder, caplog):
     assert cache.read(entry.stem) is None
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
+def test_what_somebody_else_owns_is_not_used(folder, caplog, monkeypatch):
+    image = kernel_compile.load("one", "sm_90")
+    (entry,) = cache.entries()
+    key, me = entry.stem, os.geteuid()
+    try:
+        os.chown(entry, me + 1, -1)
+    except OSError:
+        # only root can give files away: let this process be the other user then
+        owner, me = me, me + 1
+        monkeypatch.setattr(os, "geteuid", lambda: me)
+    else:
+        owner = me + 1
+        assert cache.read(key) is None
+        assert f"{entry} is not used: user {owner} owns it, not {me}" in caplog.text
+        assert kernel_compile.load("one", "sm_90") == image
+        assert entry.stat().st_uid == me and cache.read(key) == image, "made anew"
+        os.chown(cache.kernels(), owner, -1)
+    cache._told.clear()
+    caplog.clear()
+    before = entry.read_bytes(), entry.stat().st_mtime_ns
+    assert cache.read(key) is None
+    assert f"user {owner} owns it, not {me}" in caplog.text
+    assert not cache.usable()
+    cache.write(key, b"other")
+    assert kernel_compile.load("one", "sm_90") == image, "without the folder"
+    assert (entry.read_bytes(), entry.stat().st_mtime_ns) == before
+
+
 def test_a_cache_that_cannot_be_written_is_said_once(folder, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CYCNN_CACHE_DIR", str(tmp_path / "file"))
