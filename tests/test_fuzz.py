@@ -340,18 +340,53 @@ def test_the_tool_finds_what_takes_long(tmp_path, capsys, monkeypatch):
     assert "s for one input" in found(tmp_path, capsys, "idx")
 
 
-def test_the_tool_finds_a_changed_model(tmp_path, capsys, monkeypatch):
+HARM = {
+    "parameter": lambda model, optimizer: model.parameters()[0].data.fill_(7),
+    "statistics": lambda model, optimizer: model[1].running_var.data.fill_(7),
+    "random state": lambda model, optimizer: model[3].random_state.data.fill_(7),
+    "state": lambda model, optimizer: optimizer.runs[-1].state["exp_avg"].fill_(7),
+    "rate": lambda model, optimizer: setattr(optimizer.param_groups[1], "lr", 7),
+    "steps": lambda model, optimizer: optimizer._counter.fill_(7),
+    "averages": lambda model, optimizer, average: average.load_state_dict(
+        average.state_dict() | {"decay": 0.7}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HARM)
+def test_the_tool_finds_what_a_refused_file_changed(
+    tmp_path, capsys, monkeypatch, what
+):
     load = checkpoint.load
 
-    def careless(path, model, *others):
+    def careless(path, model, loss, optimizer, schedule, average):
         try:
-            return load(path, model, *others)
+            return load(path, model, loss, optimizer, schedule, average)
         except DataError:
-            model.parameters()[0].data.fill_(7)
+            if average is not None or what == "parameter":
+                averages = (average,) if what == "averages" else ()
+                HARM[what](model, optimizer, *averages)
             raise
 
     monkeypatch.setattr(checkpoint, "load", careless)
     assert "a refused file changed" in found(tmp_path, capsys, "checkpoint")
+
+
+def test_the_valid_files_hold_all_that_there_is(tmp_path):
+    plain, full = fuzz.Checkpoint(tmp_path).runs
+    for run in plain, full:
+        for content in run.files:
+            (tmp_path / "input").write_bytes(content)
+            assert run.read(str(tmp_path / "input")), "as it is, it is taken"
+    names = set()
+    for content in full.files:
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        names |= {name.split(".")[0] for name in header}
+        assert any(name.endswith("running_mean") for name in header)
+    assert {"model", "buffer", "optimizer", "average"} < names
+    assert full.optimizer.state_dict()["step"] == 6
+    assert len(full.optimizer.lrs) == 2
 
 
 def test_the_same_seed_makes_the_same_inputs():

@@ -164,35 +164,32 @@ class Checkpoint:
     def __init__(self, folder):
         self.path = str(folder / "input")
         cycnn.manual_seed(0)
-        self.model = nn.Sequential(
+        plain = nn.Sequential(
             nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3),
             nn.LogSoftmax(),
         ).to("cpu")
-        self.loss = nn.NLLLoss()
-        self.schedule = optim.schedules.linear()
-        self.optimizer = optim.RMSprop(self.model.parameters(), lr=0.01, momentum=0.5)
-        trainer = cycnn.Trainer(self.model, self.loss, self.optimizer, self.schedule)
-        rng = np.random.default_rng(0)
-        train = data.ArrayDataset(
-            rng.integers(0, 256, (20, 1, 3, 3)).astype(np.uint8),
-            rng.integers(0, 3, 20).astype(np.int32), 1 / 255,
-        )
-        self.files = []
-        save = lambda run: self._keep(folder / "valid", run.save)
-        trainer.fit(train, 2, 8, seed=1, callbacks=[_AfterSteps(4, save)])
-        save(trainer)
-        self._keep(folder / "valid", self.model.save)
-        # what a refused file must leave alone
-        self.state = self._snapshot()
-        self.parameters = self.model.state_dict()
-        self.settings = self.optimizer.state_dict()
-
-    def _keep(self, path, save):
-        save(path)
-        self.files.append(path.read_bytes())
+        rmsprop = optim.RMSprop(plain.parameters(), lr=0.01, momentum=0.5)
+        # the second has all else that a file can hold: statistics, the state of random
+        # numbers, groups of parameters, a count of steps, averages
+        full = nn.Sequential(
+            nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.2),
+            nn.Flatten(), nn.Linear(8, 3), nn.LogSoftmax(),
+        ).to("cpu")
+        groups = [
+            {"params": full[0].parameters(), "lr": 0.02, "weight_decay": 0.1},
+            {"params": full[1].parameters() + full[5].parameters()},
+        ]
+        adam = optim.Adam(groups, lr=0.01)
+        average = optim.EMA(full.parameters(), 0.9)
+        self.runs = [
+            Run(folder / "valid", plain, rmsprop),
+            Run(folder / "valid", full, adam, average),
+        ]
+        self.files = [(content, run) for run in self.runs for content in run.files]
+        self.damaged = None  # the run of the last file that was made
 
     def make(self, rng):
-        content = self.files[int(rng.random() * len(self.files))]
+        content, self.damaged = self.files[int(rng.random() * len(self.files))]
         if rng.random() < 0.4:
             return damaged(content, rng)
         size = int.from_bytes(content[:8], "little")
@@ -221,38 +218,79 @@ class Checkpoint:
         return len(head).to_bytes(8, "little") + head + body
 
     def run(self):
+        return self.damaged.read(self.path)
+
+
+class Run:
+    """A model and what trains it, their files, and what a refused file leaves alone."""
+
+    def __init__(self, path, model, optimizer, average=None):
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.schedule = optim.schedules.linear()
+        self.parts = model, nn.NLLLoss(), optimizer, self.schedule
+        trainer = cycnn.Trainer(*self.parts, average=average)
+        rng = np.random.default_rng(0)
+        train = data.ArrayDataset(
+            rng.integers(0, 256, (20, 1, 3, 3)).astype(np.uint8),
+            rng.integers(0, 3, 20).astype(np.int32), 1 / 255,
+        )
+        self.files = []
+
+        def keep(saved):
+            saved.save(path)
+            self.files.append(path.read_bytes())
+
+        trainer.fit(train, 2, 8, seed=1, callbacks=[_AfterSteps(4, keep)])
+        keep(trainer)
+        keep(model)
+        self.state = self._snapshot()
+        self.parameters = model.state_dict()
+        self.buffers = {name: b.data.numpy() for name, b in model.named_buffers()}
+        self.settings = optimizer.state_dict()
+        self.averages = None if average is None else average.state_dict()
+
+    def read(self, path):
+        """Whether Trainer.resume or Layer.load took the file."""
         taken = False
         try:
-            cycnn.Trainer.resume(
-                self.path, self.model, self.loss, self.optimizer, self.schedule
-            )
+            cycnn.Trainer.resume(path, *self.parts, average=self.average)
             taken = True
         except DataError:
             pass
-        taken |= self._check(taken)
+        self._check(taken)
         loaded = False
         try:
-            self.model.load(self.path)
+            self.model.load(path)
             loaded = True
         except (ValueError, TypeError) as error:
-            if self.path not in str(error):
+            if path not in str(error):
                 raise AssertionError("the message does not name the file") from error
-        return self._check(loaded) or taken
+        self._check(loaded)
+        return taken or loaded
 
     def _check(self, taken):
         if taken:
             self.model.load_state_dict(self.parameters)
+            for name, buffer in self.model.named_buffers():
+                buffer.data.copy_(self.buffers[name])
             self.optimizer.load_state_dict(self.settings)
+            if self.average is not None:
+                self.average.load_state_dict(self.averages)
         elif self._snapshot() != self.state:
             raise AssertionError("a refused file changed the model or the optimizer")
-        return taken
 
     def _snapshot(self):
         # slabs: every parameter and every element of the optimizer's state at once
-        parts = [self.optimizer.lr, str(self.optimizer)]
+        tensors = [b.data for _, b in self.model.named_buffers()]
         for run in self.optimizer.runs:
-            for tensor in (run.data, *run.state.values()):
-                parts.append(tensor.array.tobytes())
+            tensors += [run.data, *run.state.values()]
+        if self.optimizer._counter is not None:
+            tensors.append(self.optimizer._counter)
+        parts = [*self.optimizer.lrs, str(self.optimizer)]
+        parts += [tensor.array.tobytes() for tensor in tensors]
+        if self.average is not None:
+            averages = self.average.state_dict()
+            parts += [averages.pop("decay"), *(a.tobytes() for a in averages.values())]
         return parts
 
 
