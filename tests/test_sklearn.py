@@ -279,7 +279,7 @@ def test_a_function_makes_the_network(images):
         ({"optimizer": "lion"}, ValueError, "optimizer must be one of rmsprop, sgd"),
         ({"optimizer": optim.SGD}, ValueError, "optimizer must be one of"),
         ({"schedule": "steep"}, ValueError, "schedule must be one of linear, cosine"),
-        ({"epochs": 0}, ValueError, "epochs and batch_size must be at least 1"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1"),
         ({"learning_rate": -1}, ValueError, "lr must be finite, not negative"),
         ({"device": "tpu"}, ValueError, "unknown device 'tpu'"),
     ],
