@@ -85,7 +85,7 @@ class RMSprop(Optimizer):
             },
         )
 
-    _unsaid: ClassVar[dict] = {"centered": False, "maximize": False}
+    _unsaid: ClassVar[dict] = Optimizer._unsaid | {"centered": False}
 
     @staticmethod
     def _checked(

@@ -62,7 +62,7 @@ class SGD(Optimizer):
             },
         )
 
-    _unsaid: ClassVar[dict] = {"dampening": 0.0, "maximize": False}
+    _unsaid: ClassVar[dict] = Optimizer._unsaid | {"dampening": 0.0}
 
     @staticmethod
     def _checked(momentum, weight_decay, nesterov, dampening, maximize):

@@ -119,16 +119,15 @@ def load(path, model, loss, optimizer, schedule, average=None) -> dict:
         parts[part][rest] = array
     with turn:  # a prediction meets all of it, or nothing
         _apply(
-            path, (model, parameters), (optimizer, state), (average, averages), buffers
+            path, model, parameters, optimizer, state, average, averages, buffers
         )
     return content["run"]
 
 
-def _apply(path, model, optimizer, average, buffers) -> None:
-    """Overwrite all, or nothing; each is given with what it is to load."""
-    model, parameters = model
-    optimizer, state = optimizer
-    average, averages = average
+def _apply(
+    path, model, parameters, optimizer, state, average, averages, buffers
+) -> None:
+    """Overwrite all, or nothing; behind each is what it is to load."""
     own = _apart(model)
     _check_buffers(path, own, buffers)
     before = model.state_dict()
