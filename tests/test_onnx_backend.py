@@ -40,7 +40,8 @@ INCLUDED = """
     averagepool_2d_strides
     basic_conv_with_padding basic_conv_without_padding
     batchnorm_epsilon batchnorm_example
-    clip_default_inbounds clip_default_min
+    clip clip_default_inbounds clip_default_max clip_default_min clip_example
+    clip_inbounds clip_outbounds clip_splitbounds
     conv_with_autopad_same conv_with_strides_and_asymmetric_padding
     conv_with_strides_no_padding conv_with_strides_padding
     convtranspose convtranspose_autopad_same convtranspose_dilations
@@ -91,10 +92,7 @@ EXCLUDED = {
     r"batchnorm_.*_training_mode|training_dropout.*": (
         "ops in training mode; networks are read for inference, and trained by cycnn"
     ),
-    r"clip|clip_(example|inbounds|outbounds|splitbounds|default_max)": (
-        "no layer cuts off at the top"
-    ),
-    r"clip_min_greater_than_max": "no layer cuts off at the top",
+    r"clip_min_greater_than_max": "the same number for any input, which no layer gives",
     r"concat_.*": "joins two inputs of the network, and cycnn reads one",
     r"constant": "has no input",
     r"constant_pad.*": "pads by 1.2: there is only ZeroPad2d",

@@ -51,7 +51,11 @@ LAYERS = {
     "Dropout": lambda: nn.Dropout(0.9),
     "GELU": lambda: nn.GELU(),
     "GELU, tanh": lambda: nn.GELU("tanh"),
+    "Hardtanh": lambda: nn.Hardtanh(-0.3, 1.7),
+    "Hardtanh, open above": lambda: nn.Hardtanh(-0.1, math.inf),
+    "Hardtanh, open below": lambda: nn.Hardtanh(-math.inf, 0.4),
     "LeakyReLU": lambda: nn.LeakyReLU(0.2),
+    "ReLU6": lambda: nn.ReLU6(),
     "SiLU": lambda: nn.SiLU(),
     "Softmax": lambda: nn.Sequential(nn.Flatten(), nn.Softmax()),
     "Tanh": lambda: nn.Tanh(),
@@ -413,8 +417,16 @@ def test_clip(opset):
     check(clip(0.0), IMAGE, "ReLU")
     check(clip(0.0, 3.4028234663852886e38), IMAGE, "ReLU")
     check(clip(), IMAGE, "")
-    refuse(clip(0.0, 6.0), "node 'the Clip' (Clip): from 0.0 to 6.0", "Relu")
-    refuse(clip(-1.0), "from -1.0 to inf")
+    check(clip(0.0, 6.0), 9 * IMAGE, "ReLU6")
+    for low, high in ((-1.0, None), (None, 0.3), (-0.1, 0.7), (-3.4028235e38, 2.0)):
+        (layer,) = check(clip(low, high), IMAGE, "Hardtanh")
+        given = (low if low and low > -1e38 else -math.inf), high or math.inf
+        assert (layer.min_val, layer.max_val) == given
+    message = "node 'the Clip' (Clip): Hardtanh: min_val must be less than max_val"
+    refuse(clip(2.0, 1.0), message, "got 2.0 and 1.0")
+    refuse(clip(1.0, 1.0), message)
+    refuse(clip(math.nan, 1.0), message)
+    refuse(clip(0.0, math.nan), message)
 
 
 def written(*steps, **weights):

@@ -137,6 +137,8 @@ LAYERS = {
     "SiLU": plain("SiLU"),
     "Softmax": of_rows("Softmax"),
     "LogSoftmax": of_rows("LogSoftmax"),
+    "Hardtanh": lambda draw: ("Hardtanh", (-draw(1, 9) / 10, draw(1, 15) / 10), {}),
+    "ReLU6": plain("ReLU6"),
 }  # fmt: skip
 
 

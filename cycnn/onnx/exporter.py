@@ -273,6 +273,16 @@ def _layer_norm(writer, layer, prefix, current):
     return writer.node("LayerNormalization", inputs, prefix, **settings)
 
 
+def _hardtanh(writer, layer, prefix, current):
+    inputs, most = [current], float(np.finfo(np.float32).max)
+    for name, end in (("min", layer.min_val), ("max", layer.max_val)):
+        if abs(end) > most:  # no end: the input is left out
+            inputs.append("")
+        else:
+            inputs.append(writer.constant(prefix, name, np.float32(end)))
+    return writer.node("Clip", inputs, prefix)
+
+
 def _silu(writer, layer, prefix, current):
     gate = writer.node("Sigmoid", [current], prefix, "sigmoid")
     return writer.node("Mul", [current, gate], prefix)
@@ -331,6 +341,7 @@ _LAYERS = {
     nn.Dropout: _dropout,
     nn.ReLU: _one("Relu"),
     nn.LeakyReLU: _one("LeakyRelu", lambda x: {"alpha": x.negative_slope}),
+    nn.Hardtanh: _hardtanh,
     nn.Sigmoid: _one("Sigmoid"),
     nn.Tanh: _one("Tanh"),
     nn.GELU: _gelu,

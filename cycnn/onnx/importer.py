@@ -57,7 +57,7 @@ def load(source) -> nn.Sequential:
     - BatchNormalization of images, and behind Gemm or MatMul, with whose weights it is
       merged;
     - GELU and SiLU where they are written in simpler operators, such as Erf;
-    - Clip from 0 on, which is Relu;
+    - Clip, which is ReLU, ReLU6 or Hardtanh;
     - Identity, Constant, and Dropout, which does nothing in a network that is used;
     - what rearranges a few constants, such as those of a Pad that PyTorch exported.
 
@@ -871,14 +871,15 @@ class _Reader:
                 given = self._weight(node, 1 + i, optional=True)
                 ends[i] = (-math.inf, math.inf)[i] if given is None else given.item()
         most = float(np.finfo(np.float32).max)
-        low, high = ends
-        if high < most or low != 0 and low > -most:
-            raise node.refused(
-                f"from {low} to {high}: only 0 without an upper end, which is Relu, is "
-                f"supported"
-            )
-        if low == 0:
+        low, high = map(_decimal, ends)
+        low = -math.inf if low <= -most else low
+        high = math.inf if high >= most else high
+        if (low, high) == (0, math.inf):
             self.layers.append(nn.ReLU())
+        elif (low, high) == (0, 6):
+            self.layers.append(nn.ReLU6())
+        elif (low, high) != (-math.inf, math.inf):
+            self.layers.append(nn.Hardtanh(low, high))
 
     def _part_of_activation(self, node):
         raise node.refused("is supported as a part of GELU or SiLU only")
@@ -993,6 +994,8 @@ def _not_negative(layers) -> bool:
     for layer in reversed(list(layers)):
         if isinstance(layer, (nn.ReLU, nn.Sigmoid)):
             return True
+        if isinstance(layer, nn.Hardtanh):
+            return layer.min_val >= 0
         if isinstance(layer, nn.Concat):
             return all(map(_not_negative, layer))
         if isinstance(layer, nn.Sequential):

@@ -17,6 +17,8 @@ from . import reference
 from .cpu_activation import (  # noqa: F401
     gelu_backward,
     gelu_forward,
+    hardtanh_backward,
+    hardtanh_forward,
     leaky_relu_backward,
     leaky_relu_forward,
     silu_backward,

@@ -23,6 +23,8 @@ from ..tensor import empty_on_gpu
 from .cuda_activation import (  # noqa: F401
     gelu_backward,
     gelu_forward,
+    hardtanh_backward,
+    hardtanh_forward,
     leaky_relu_backward,
     leaky_relu_forward,
     silu_backward,
