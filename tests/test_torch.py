@@ -83,6 +83,7 @@ def pooling(name):
         options = {"stride": draw.pair(1, 4), "padding": draw(0, 1)}
         if name == "AvgPool2d":
             options["count_include_pad"] = draw.maybe()
+        options["ceil_mode"] = draw.maybe()
         return name, (size,), options
 
     return settings

@@ -55,7 +55,7 @@ def _conv2d(layer, shape):
 
 
 def _pool2d(layer, shape):
-    settings = layer.kernel_size, layer.stride, layer.padding
+    settings = layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode
     return shapes.pool2d_output_shape(shape, *settings)
 
 
