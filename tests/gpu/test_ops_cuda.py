@@ -392,6 +392,11 @@ POOL = (
     ((2, 3, 9, 7), (3, 2), (1, 1), (1, 1)),
     ((2, 3, 9, 11), (2, 3), (4, 5), (0, 1)),
     ((1, 5, 8, 8), (5, 4), (2, 3), (2, 2)),
+    ((2, 3, 8, 7), (3, 3), (2, 2), (0, 0), True),
+    ((2, 3, 5, 7), (2, 2), (2, 2), (0, 0), True),
+    ((2, 3, 3, 5), (4, 7), (4, 3), (0, 0), True),
+    ((3, 2, 8, 9), (2, 3), (2, 2), (0, 0, 1, 2)),
+    ((2, 5, 9, 7), (3, 4), (3, 2), (2, 0, 1, 3), True),
 )
 
 
@@ -416,7 +421,8 @@ def test_maxpool2d(ops, rng, case):
     assert_same_bits(dx, again)
 
 
-@pytest.mark.parametrize("seed", range(40))
+# from seed 40 on with padding of its own on each side, every other one rounded up
+@pytest.mark.parametrize("seed", range(60))
 def test_maxpool2d_of_any_shape(ops, seed):
     rng = np.random.default_rng(seed)
     window = tuple(map(int, rng.integers(1, 6, 2)))
@@ -428,6 +434,9 @@ def test_maxpool2d_of_any_shape(ops, seed):
         2 * normal(rng, int(rng.integers(0, 5)), int(rng.integers(1, 9)), *size)
     )
     how = window, stride, padding
+    if seed >= 40:
+        padding = tuple(int(rng.integers(0, k)) for k in (*window, *window))
+        how = window, stride, padding, seed % 2 == 1
     y, positions = ops.maxpool2d_forward(on_gpu(x), *how)
     want, at = reference.maxpool2d_forward(x, *how)
     np.testing.assert_array_equal(y.numpy(), want)
