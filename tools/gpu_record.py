@@ -4,10 +4,10 @@
     python tools/gpu_record.py --check      does the record belong to the sources?
 
 The record carries a digest of every source that runs on a GPU or judges what ran. It is
-written when the tests have passed, plainly and under the first tool, and again after each further tool; what
-did not pass is never in it. compute-sanitizer's exit status alone does not say so (a program that
-never ran a kernel can look clean), so its summary and pytest's own counts are demanded
-too.
+written when the tests have passed, plainly and under the first tool, and again after
+each further tool; what did not pass is never in it. compute-sanitizer's exit status
+alone does not say so (a program that never ran a kernel can look clean), so its summary
+and pytest's own counts are demanded too.
 
 This script needs nothing but Python; what it runs needs a GPU, cycnn and pytest.
 """
@@ -54,11 +54,13 @@ COVERED = (
     "cycnn/_dlpack.pyx",
     "tools/leak_check.py",
     "tests/gpu/*.py",
-    "tests/conftest.py",
+    "tests/any_shape.py",
     "tests/bounds.py",
+    "tests/conftest.py",
     "tests/demos.py",
     "tests/killed_run.py",
     "tests/random_blocks.py",
+    "tests/rounded.py",
     "tests/training.py",
     # of these the tests on a GPU take cases and helpers
     "tests/test_activation.py",
