@@ -8,10 +8,10 @@ way to the same result.
 
 import numpy as np
 import rounded
+from cycnn.tensor import Tensor
 from rounded import F32, Rounded
 
 from cycnn.ops import cpu, reference
-from cycnn.tensor import Tensor
 
 ROUNDOFF = {"fp32": F32, "tf32": 2.0**-11, "bf16": 2.0**-8}
 EPS = 1e-5
@@ -320,8 +320,9 @@ def _rows(draw):
     return min(n, 20000 // f + 1), f
 
 
-def softmax(ops, on, draw):
-    x = draw.normal(*_rows(draw)) * np.float32(draw.choice(0.1, 1, 5, 30))
+def softmax(ops, on, draw, x=None):
+    if x is None:
+        x = draw.normal(*_rows(draw)) * np.float32(draw.choice(0.1, 1, 5, 30))
     far = Rounded(x) - x.max(axis=1, keepdims=True)
     e = rounded.exp(far)
     sums = e.sum(axis=1, keepdims=True)
@@ -341,9 +342,10 @@ def softmax(ops, on, draw):
     within(ops.log_softmax_backward(on(dy), y), want, formula)
 
 
-def class_losses(ops, on, draw):
-    n, f = _rows(draw)
-    x = draw.normal(n, f) * np.float32(draw.choice(0.1, 1, 5))
+def class_losses(ops, on, draw, x=None):
+    if x is None:
+        x = draw.normal(*_rows(draw)) * np.float32(draw.choice(0.1, 1, 5))
+    n, f = x.shape
     labels = draw.rng.integers(0, f, n).astype(np.int32)
     far = Rounded(x) - x.max(axis=1, keepdims=True)
     log_probs = far - rounded.log(rounded.exp(far).sum(axis=1, keepdims=True))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import rounded
 from any_shape import CHECKS, Draw, conv_transpose
+from cycnn.tensor import Tensor
 from rounded import Rounded
 
 from cycnn.ops import cpu
-from cycnn.tensor import Tensor
 
 
 def on_cpu(array):

@@ -58,6 +58,7 @@ COVERED = (
     "tests/bounds.py",
     "tests/conftest.py",
     "tests/demos.py",
+    "tests/extremes.py",
     "tests/killed_run.py",
     "tests/random_blocks.py",
     "tests/rounded.py",
