@@ -415,41 +415,48 @@ def _plain_class_losses(ops, on, x, labels, log_probs, rows):
     within(ops.cross_entropy_backward(y, on_labels), want, formula)
 
 
+def element_formulas(name, x, target, *more):
+    """The terms of a loss and their slopes."""
+    d = Rounded(x) - target
+    if name == "mse_loss":
+        return d * d, 2 * d
+    if name == "smooth_l1_loss":
+        (beta,) = more
+        size = rounded.absolute(d)
+        inner = size.value < beta
+        half = d * d / (2 * beta) if beta else d
+        value = rounded.where(inner, half, size - 0.5 * beta)
+        return value, rounded.where(inner, d / beta if beta else d, np.sign(d.value))
+    (pos_weight,) = more
+    e = rounded.exp(Rounded(-np.abs(x)))
+    cost = rounded.maximum(-x, 0) + rounded.log1p(e)
+    factor = Rounded(np.ones(x.shape))
+    if pos_weight is not None:
+        factor = 1 + (Rounded(np.resize(pos_weight, x.shape)) - 1) * target
+    rest = rounded.where(x >= 0, e, 1) / (1 + e)
+    missed = 1 - Rounded(target)
+    return missed * x + factor * cost, missed - factor * rest
+
+
 def element_losses(ops, on, draw):
     shape = draw.choice((draw.length(),), draw.sizes(1, 60), draw.sizes(1, 12, 4))
     x, target = 3 * draw.normal(*shape), draw.rng.random(shape, dtype=np.float32)
-    mean, beta = bool(draw.size(0, 1)), draw.choice(0.0, 0.3, 2.0)
+    mean = bool(draw.size(0, 1))
     period = shape[-1] if draw.size(0, 1) and x.size else 1
     pos_weight = 3 * draw.positive(period) if draw.size(0, 1) else None
     divisor = max(x.size, 1) if mean else 1
-
-    d = Rounded(x) - target
-    size = rounded.absolute(d)
-    inner = size.value < beta
-    half = d * d / (2 * beta) if beta else d
-    l1 = rounded.where(inner, half, size - 0.5 * beta)
-    l1_slope = rounded.where(inner, d / beta if beta else d, np.sign(d.value))
-    e = rounded.exp(Rounded(-np.abs(x)))
-    cost = rounded.maximum(-x, 0) + rounded.log1p(e)
-    factor = Rounded(np.ones(shape))
-    if pos_weight is not None:
-        w = np.resize(pos_weight, shape)
-        factor = 1 + (Rounded(w) - 1) * target
-    rest = rounded.where(x >= 0, e, 1) / (1 + e)
-    bce = (1 - Rounded(target)) * x + factor * cost
-    bce_slope = (1 - Rounded(target)) - factor * rest
-    of_weight = pos_weight, None if pos_weight is None else on(pos_weight)
-    for name, more, value, slope in (
-        ("mse_loss", (), d * d, 2 * d),
-        ("smooth_l1_loss", (beta,), l1, l1_slope),
-        ("bce_with_logits", of_weight, bce, bce_slope),
+    for name, more in (
+        ("mse_loss", ()),
+        ("smooth_l1_loss", (draw.choice(0.0, 0.3, 2.0),)),
+        ("bce_with_logits", (pos_weight,)),
     ):
-        host, given = more[:1], more[-1:]
+        value, slope = element_formulas(name, x, target, *more)
+        given = [on(a) if isinstance(a, np.ndarray) else a for a in more]
         if x.size or not mean:
-            want = getattr(reference, f"{name}_forward")(x, target, *host, mean)
+            want = getattr(reference, f"{name}_forward")(x, target, *more, mean)
             loss = getattr(ops, f"{name}_forward")(on(x), on(target), *given, mean)
             within(loss, want, value.sum() / divisor)
-        want = getattr(reference, f"{name}_backward")(x, target, *host, mean)
+        want = getattr(reference, f"{name}_backward")(x, target, *more, mean)
         dx = getattr(ops, f"{name}_backward")(on(x), on(target), *given, mean)
         within(dx, want, slope / divisor)
 
@@ -535,7 +542,7 @@ def concat(ops, on, draw):
         equal(got, part)
 
 
-# optimizers: three steps of one formula
+# optimizers: some steps of one formula
 
 
 class Slabs:
@@ -560,15 +567,103 @@ def _vectors(draw, *present):
     return made, draw.size(0, 3)
 
 
-def rmsprop_formula(slabs, lr, alpha, eps, decay, momentum, rest=None):
+def rmsprop_formula(slabs, lr, alpha, eps, weight_decay, momentum):
     p, grad, v, b = slabs
-    # some kernels are given 1 - alpha, others take it from 1 themselves
-    rest = 1 - rounded.of(alpha) if rest is None else rest
-    g = grad + decay * p
-    v = alpha * v + rest * g * g
+    g = grad + weight_decay * p
+    v = alpha * v + (1 - rounded.of(alpha)) * g * g
     u = g / (rounded.sqrt(v) + eps)
     b = None if b is None else momentum * b + u
     return [p - lr * (u if b is None else b), grad, v, b]
+
+
+def centered_rmsprop_formula(slabs, lr, alpha, eps, weight_decay, momentum):
+    p, grad, v, a, b = slabs
+    g = grad + weight_decay * p
+    v, a = alpha * v + (1 - alpha) * g * g, alpha * a + (1 - alpha) * g
+    u = g / (rounded.sqrt(rounded.maximum(v - a * a, 0)) + eps)
+    b = None if b is None else momentum * b + u
+    return [p - lr * (u if b is None else b), grad, v, a, b]
+
+
+def sgd_formula(slabs, lr, momentum, weight_decay, nesterov):
+    p, grad, b = slabs
+    g = grad + weight_decay * p
+    if b is not None:
+        b = momentum * b + g
+        g = g + momentum * b if nesterov else b
+    return [p - lr * g, grad, b]
+
+
+# those that count steps are told how many are done
+
+
+def damped_sgd_formula(slabs, done, lr, momentum, dampening, weight_decay, nesterov):
+    p, grad, b = slabs
+    g = grad + weight_decay * p
+    b = momentum * b + (1 - dampening if done else 1) * g
+    return [p - lr * (g + momentum * b if nesterov else b), grad, b]
+
+
+def adagrad_formula(slabs, done, lr, lr_decay, eps, weight_decay):
+    p, grad, s = slabs
+    g = grad + weight_decay * p
+    s = s + g * g
+    rate = Rounded(lr) / (1 + done * rounded.of(lr_decay))
+    return [p - rate * g / (rounded.sqrt(s) + eps), grad, s]
+
+
+def adam_formula(slabs, done, lr, beta1, beta2, eps, weight_decay, decoupled):
+    def correction(beta):
+        if not beta:
+            return Rounded(1)
+        return -rounded.expm1((done + 1) * rounded.of(float(np.log(beta))))
+
+    p, grad, m, v, most = slabs
+    if decoupled:
+        p, g = (1 - Rounded(lr) * weight_decay) * p, grad
+    else:
+        g = grad + weight_decay * p
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    most = None if most is None else rounded.maximum(most, v)
+    root = rounded.sqrt(v if most is None else most)
+    root = root / rounded.sqrt(correction(beta2))
+    rate = Rounded(lr) / correction(beta1)
+    return [p - rate * m / (root + eps), grad, m, v, most]
+
+
+FORMULAS = {
+    "rmsprop_step": rmsprop_formula,
+    "centered_rmsprop_step": centered_rmsprop_formula,
+    "sgd_step": sgd_formula,
+    "damped_sgd_step": damped_sgd_formula,
+    "adagrad_step": adagrad_formula,
+    "adam_step": adam_formula,
+}
+
+
+def check_steps(ops, on, name, arrays, numbers, offset=0, steps=3):
+    """Steps without a count."""
+    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
+    for _ in range(steps):
+        getattr(ops, name)(*slabs.tensors, on(lr), *numbers)
+        getattr(reference, name)(*slabs.wanted, lr.astype(np.float64), *numbers)
+        slabs.bounds = FORMULAS[name](slabs.bounds, lr, *numbers)
+    slabs.check()
+
+
+def check_counted_steps(ops, on, name, arrays, numbers, advances, offset=0):
+    """Steps that are counted where ``advances`` says so."""
+    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
+    # what is done, and the blocks that are counted: none, between steps
+    step, held = np.zeros(2, np.int32), on(np.zeros(2, np.int32))
+    for advance in advances:
+        done, exact = int(step[0]), lr.astype(np.float64)
+        getattr(ops, name)(*slabs.tensors, held, advance, on(lr), *numbers)
+        getattr(reference, name)(*slabs.wanted, step, advance, exact, *numbers)
+        slabs.bounds = FORMULAS[name](slabs.bounds, done, lr, *numbers)
+        equal(held, step)
+    slabs.check()
 
 
 def rmsprop(ops, on, draw):
@@ -577,12 +672,7 @@ def rmsprop(ops, on, draw):
         arrays[3] = None
     numbers = draw.choice(0.99, 0.9), draw.choice(1e-8, 1e-3), 0.01
     numbers = *numbers, 0.0 if arrays[3] is None else 0.9
-    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
-    for _ in range(3):
-        ops.rmsprop_step(*slabs.tensors, on(lr), *numbers)
-        reference.rmsprop_step(*slabs.wanted, lr.astype(np.float64), *numbers)
-        slabs.bounds = rmsprop_formula(slabs.bounds, lr, *numbers)
-    slabs.check()
+    check_steps(ops, on, "rmsprop_step", arrays, numbers, offset)
 
 
 def centered_rmsprop(ops, on, draw):
@@ -590,19 +680,8 @@ def centered_rmsprop(ops, on, draw):
     arrays[2] += arrays[3] ** 2  # a mean of squares is not below the squared mean
     if draw.size(0, 1):
         arrays[4] = None
-    alpha, eps, decay, momentum = 0.9, 1e-2, 0.01, 0.5
-    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
-    for _ in range(2):
-        numbers = alpha, eps, decay, 0.0 if arrays[4] is None else momentum
-        ops.centered_rmsprop_step(*slabs.tensors, on(lr), *numbers)
-        reference.centered_rmsprop_step(*slabs.wanted, lr.astype(np.float64), *numbers)
-        p, grad, v, a, b = slabs.bounds
-        g = grad + decay * p
-        v, a = alpha * v + (1 - alpha) * g * g, alpha * a + (1 - alpha) * g
-        u = g / (rounded.sqrt(rounded.maximum(v - a * a, 0)) + eps)
-        b = None if b is None else momentum * b + u
-        slabs.bounds = [p - lr * (u if b is None else b), grad, v, a, b]
-    slabs.check()
+    numbers = 0.9, 1e-2, 0.01, 0.0 if arrays[4] is None else 0.5
+    check_steps(ops, on, "centered_rmsprop_step", arrays, numbers, offset, 2)
 
 
 def sgd(ops, on, draw):
@@ -610,53 +689,22 @@ def sgd(ops, on, draw):
     momentum, nesterov = draw.choice(0.0, 0.9), bool(draw.size(0, 1))
     if not momentum:
         arrays[2] = None
-    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
-    for _ in range(3):
-        numbers = momentum, 0.01, nesterov
-        ops.sgd_step(*slabs.tensors, on(lr), *numbers)
-        reference.sgd_step(*slabs.wanted, lr.astype(np.float64), *numbers)
-        p, grad, b = slabs.bounds
-        g = grad + 0.01 * p
-        if b is not None:
-            b = momentum * b + g
-            g = g + momentum * b if nesterov else b
-        slabs.bounds = [p - lr * g, grad, b]
-    slabs.check()
+    check_steps(ops, on, "sgd_step", arrays, (momentum, 0.01, nesterov), offset)
+
+
+ADVANCES = False, True, True
 
 
 def damped_sgd(ops, on, draw):
     arrays, offset = _vectors(draw, False)
-    nesterov, dampening = bool(draw.size(0, 1)), draw.choice(0.2, 0.9)
-    step, held = np.zeros(2, np.int32), on(np.zeros(2, np.int32))
-    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
-    for advance in (False, True, True):
-        share = 1 - dampening if step[0] else 1
-        numbers = advance, lr.astype(np.float64), 0.9, dampening, 0.1, nesterov
-        ops.damped_sgd_step(*slabs.tensors, held, advance, on(lr), *numbers[2:])
-        reference.damped_sgd_step(*slabs.wanted, step, *numbers)
-        p, grad, b = slabs.bounds
-        g = grad + 0.1 * p
-        b = 0.9 * b + share * g
-        slabs.bounds = [p - lr * (g + 0.9 * b if nesterov else b), grad, b]
-    slabs.check()
-    equal(held, step)
+    numbers = 0.9, draw.choice(0.2, 0.9), 0.1, bool(draw.size(0, 1))
+    check_counted_steps(ops, on, "damped_sgd_step", arrays, numbers, ADVANCES, offset)
 
 
 def adagrad(ops, on, draw):
     arrays, offset = _vectors(draw, True)
-    step, held = np.zeros(2, np.int32), on(np.zeros(2, np.int32))
-    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
-    for advance in (True, False, True):
-        rate = lr / (1 + int(step[0]) * rounded.of(0.1))
-        ops.adagrad_step(*slabs.tensors, held, advance, on(lr), 0.1, 1e-8, 0.1)
-        exact = lr.astype(np.float64)
-        reference.adagrad_step(*slabs.wanted, step, advance, exact, 0.1, 1e-8, 0.1)
-        p, grad, s = slabs.bounds
-        g = grad + 0.1 * p
-        s = s + g * g
-        slabs.bounds = [p - rate * g / (rounded.sqrt(s) + 1e-8), grad, s]
-    slabs.check()
-    equal(held, step)
+    numbers = 0.1, 1e-8, 0.1
+    check_counted_steps(ops, on, "adagrad_step", arrays, numbers, ADVANCES, offset)
 
 
 def adam(ops, on, draw):
@@ -664,34 +712,8 @@ def adam(ops, on, draw):
     if draw.size(0, 1):
         arrays[4] = None
     betas = draw.choice((0.9, 0.999), (0.5, 0.9), (0.0, 0.0))
-    decoupled = bool(draw.size(0, 1))
-    eps, decay = draw.choice(1e-8, 1e-3), 0.1
-    numbers = *betas, eps, decay, decoupled
-    step, held = np.zeros(2, np.int32), on(np.zeros(2, np.int32))
-    lr, slabs = np.array(0.01, np.float32), Slabs(on, arrays, offset)
-
-    def correction(beta, t):
-        return -rounded.expm1(t * rounded.of(float(np.log(beta)))) if beta else 1
-
-    for advance in (False, True, True):
-        t = int(step[0]) + 1
-        ops.adam_step(*slabs.tensors, held, advance, on(lr), *numbers)
-        exact = lr.astype(np.float64)
-        reference.adam_step(*slabs.wanted, step, advance, exact, *numbers)
-        p, grad, m, v, most = slabs.bounds
-        if decoupled:
-            p, g = (1 - Rounded(lr) * decay) * p, grad
-        else:
-            g = grad + decay * p
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * g * g
-        most = None if most is None else rounded.maximum(most, v)
-        root = rounded.sqrt(v if most is None else most)
-        root = root / rounded.sqrt(rounded.of(correction(betas[1], t)))
-        rate = Rounded(lr) / correction(betas[0], t)
-        slabs.bounds = [p - rate * m / (root + eps), grad, m, v, most]
-    slabs.check()
-    equal(held, step)
+    numbers = *betas, draw.choice(1e-8, 1e-3), 0.1, bool(draw.size(0, 1))
+    check_counted_steps(ops, on, "adam_step", arrays, numbers, ADVANCES, offset)
 
 
 def averages(ops, on, draw):
