@@ -8,6 +8,7 @@ reference operation itself on absolute values.
 
 import numpy as np
 import pytest
+from any_shape import check_steps
 
 import cycnn
 from cycnn import Tensor
@@ -595,19 +596,11 @@ def test_sgd_step(ops, rng, size, momentum, nesterov):
 
 
 def check_step(ops, rng, size, name, slabs, options):
-    arrays = {slab: np.abs(normal(rng, size)) + 0.1 for slab in slabs}
-    tensors = {slab: on_gpu(array) for slab, array in arrays.items()}
-    wide = {slab: array.astype(np.float64) for slab, array in arrays.items()}
+    """Slabs and options in the order of the operation's arguments."""
+    arrays = [np.abs(normal(rng, size)) + np.float32(0.1) for _ in slabs]
     if not options["momentum"]:
-        tensors["momentum_buffer"] = wide["momentum_buffer"] = None
-    lr = np.array(0.01, np.float32)
-    for _ in range(3):
-        getattr(ops, name)(**tensors, lr=on_gpu(lr), **options)
-        getattr(reference, name)(**wide, lr=lr.astype(np.float64), **options)
-    for slab, tensor in tensors.items():
-        if tensor is not None:
-            # some ten roundings a step; 1 - alpha loses two decimal digits
-            assert_close(tensor, wide[slab], 1e-5 * (1 + np.abs(wide[slab])))
+        arrays[slabs.index("momentum_buffer")] = None
+    check_steps(ops, on_gpu, name, arrays, tuple(options.values()))
 
 
 def test_momentum_needs_its_buffer(ops, rng):
