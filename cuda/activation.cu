@@ -25,6 +25,20 @@ extern "C" __global__ void leaky_relu_backward(float* dx, const float* dy,
   map(dx, dy, x, n, [slope](float d, float v) { return v > 0.0f ? d : slope * d; });
 }
 
+// y = x between low and high, and the nearer of them elsewhere; NaN stays NaN. At both
+// ends the derivative is taken to be 0.
+extern "C" __global__ void hardtanh_forward(float* y, const float* x, float low,
+                                            float high, int64 n) {
+  map(y, x, n, [low, high](float v) { return v < low ? low : v > high ? high : v; });
+}
+
+extern "C" __global__ void hardtanh_backward(float* dx, const float* dy, const float* x,
+                                             float low, float high, int64 n) {
+  map(dx, dy, x, n, [low, high](float d, float v) {
+    return v <= low || v >= high ? 0.0f : d;
+  });
+}
+
 // s = 1 / (1 + e^-x), of e^-|x|, which cannot overflow.
 DEVICE float sigmoid(float x) {
   const float e = expf(-fabsf(x));

@@ -1,37 +1,45 @@
 // Average pooling over windows of R x S pixels, and over whole planes.
 //
 //   forward   y[n,c,p,q] = 1 / count * sum over r < R, s < S of
-//                          x[n, c, p*stride_h - pad_h + r, q*stride_w - pad_w + s]
+//                          x[n, c, p*stride_h - pad_top + r, q*stride_w - pad_left + s]
 //   backward  y is linear in x: dx[n,c,h,w] = sum of dy[n,c,p,q] / count(p, q) over the
 //             windows that hold (h, w)
 //
-// Pixels outside the image count as 0. count is R S, or, if not include_pad, the number
-// of pixels of the image in the window. As in maxpool.cu the backward gathers, so no
-// two threads add to one number.
+// Pixels outside the image count as 0. count is R S, less what reaches over the end of
+// the padding, or, if not include_pad, the number of pixels of the image in the window.
+// As in maxpool.cu the backward gathers, so no two threads add to one number.
 //
 // Launch: grid (blocks over one image, images or fewer), one-dimensional blocks.
 #include "common.cuh"
 
-// Pixels first .. end - 1 of a window along one axis of `size` pixels.
+// Pixels first .. end - 1 of a window along one axis of `size` pixels, and how many of
+// its pixels count.
 struct Span {
-  int first, end;
-  METHOD Span(int at, int window, int stride, int pad, int size)
-      : first(max(at * stride - pad, 0)), end(min(at * stride - pad + window, size)) {}
-  METHOD int length() const { return end - first; }
+  int first, end, counted;
+  METHOD Span(int at, int window, int stride, int before, int after, int size,
+              int include_pad) {
+    const int start = at * stride - before;
+    first = max(start, 0);
+    end = min(start + window, size);
+    counted = include_pad ? min(start + window, size + after) - start : end - first;
+  }
 };
+
+DEVICE float divisor(const Span& rows, const Span& columns) {
+  return (float)rows.counted * (float)columns.counted;
+}
 
 extern "C" __global__ void avgpool2d_forward(
     float* __restrict__ y,         // (N, C, P, Q)
     const float* __restrict__ x,   // (N, C, H, W)
     int N, int C, int H, int W, int P, int Q, int R, int S, int stride_h, int stride_w,
-    int pad_h, int pad_w, int include_pad) {
+    int pad_top, int pad_left, int pad_bottom, int pad_right, int include_pad) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= C * P * Q) return;
   const int q = i % Q, p = i / Q % P, c = i / Q / P;
-  const Span rows(p, R, stride_h, pad_h, H), columns(q, S, stride_w, pad_w, W);
-  const float count = include_pad
-                          ? (float)R * (float)S
-                          : (float)rows.length() * (float)columns.length();
+  const Span rows(p, R, stride_h, pad_top, pad_bottom, H, include_pad);
+  const Span columns(q, S, stride_w, pad_left, pad_right, W, include_pad);
+  const float count = divisor(rows, columns);
 #pragma unroll 1
   for (int n = blockIdx.y; n < N; n += gridDim.y) {
     const float* plane = x + ((int64)n * C + c) * H * W;
@@ -46,12 +54,12 @@ extern "C" __global__ void avgpool2d_backward(
     float* __restrict__ dx,         // (N, C, H, W)
     const float* __restrict__ dy,   // (N, C, P, Q)
     int N, int C, int H, int W, int P, int Q, int R, int S, int stride_h, int stride_w,
-    int pad_h, int pad_w, int include_pad) {
+    int pad_top, int pad_left, int pad_bottom, int pad_right, int include_pad) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= C * H * W) return;
   const int w = i % W, h = i / W % H, c = i / W / H;
   // window p holds h where p*stride <= h + pad < p*stride + R
-  const int above = h + pad_h, left = w + pad_w;
+  const int above = h + pad_top, left = w + pad_left;
   const int p_first = above < R ? 0 : (above - R) / stride_h + 1;
   const int q_first = left < S ? 0 : (left - S) / stride_w + 1;
   const int p_last = min(above / stride_h, P - 1);
@@ -61,13 +69,10 @@ extern "C" __global__ void avgpool2d_backward(
     const float* plane = dy + ((int64)n * C + c) * P * Q;
     float sum = 0.0f;
     for (int p = p_first; p <= p_last; ++p) {
-      const Span rows(p, R, stride_h, pad_h, H);
+      const Span rows(p, R, stride_h, pad_top, pad_bottom, H, include_pad);
       for (int q = q_first; q <= q_last; ++q) {
-        const Span columns(q, S, stride_w, pad_w, W);
-        const float count = include_pad
-                                ? (float)R * (float)S
-                                : (float)rows.length() * (float)columns.length();
-        sum += plane[p * Q + q] / count;
+        const Span columns(q, S, stride_w, pad_left, pad_right, W, include_pad);
+        sum += plane[p * Q + q] / divisor(rows, columns);
       }
     }
     dx[(int64)n * C * H * W + i] = sum;

@@ -5,9 +5,11 @@
 //   backward  y is one of its inputs, so dy goes to that input whole:
 //             dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows whose maximum is (h,w)
 //
-// Pixels outside the image count as -infinity. Windows may overlap; the backward
-// gathers for each input from the few windows that hold it, so no two threads add to
-// one number and the order of the sum is fixed.
+// Pixels outside the image count as -infinity. pad_h and pad_w are those above it and
+// on its left; how many there are behind it only P and Q tell. Each window sees a pixel
+// of the image. Windows may overlap; the backward gathers for each input from the few
+// windows that hold it, so no two threads add to one number and the order of the sum is
+// fixed.
 //
 // Launch: grid (blocks over one image, images or fewer), one-dimensional blocks.
 #include "common.cuh"

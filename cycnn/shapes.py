@@ -272,17 +272,63 @@ def check_conv_transpose2d_backward(
     _equal("dweight", dw_shape, w_shape, "the shape of weight")
 
 
-def pool2d_output_shape(
-    x_shape: tuple, kernel_size: tuple, stride: tuple, padding: tuple = (0, 0)
-) -> tuple:
-    """(N, C, P, Q) of x (N, C, H, W): P = (H + 2 padding - kernel) // stride + 1.
+def pooled_size(
+    size: int, window: int, step: int, before: int, after: int, ceil_mode: bool
+) -> int:
+    """How many windows there are along an axis; less than 1 where none fits.
+
+    With ``ceil_mode`` the last one may reach over the end of the padding. But none
+    begins behind the elements: it would hold padding alone.
+    """
+    room = size + before + after - window
+    if not ceil_mode:
+        return room // step + 1
+    count = ceil_div(room, step) + 1
+    return count - ((count - 1) * step >= size + before)
+
+
+def check_pool_padding(kernel_size: tuple, padding: tuple) -> None:
+    """No window holds nothing but padding.
 
     Raises
     ------
     ShapeError
-        If a window does not fit, if a padding is more than half the window (a window
-        could then hold nothing but padding), or if a plane has more elements than the
-        int32 positions of its maxima can number.
+        If a padding (height, width) is more than half the window, or one (top, left,
+        bottom, right) not less than the window.
+    """
+    if len(padding) == 4:
+        if any(pad >= k for pad, k in zip(padding, (*kernel_size, *kernel_size))):
+            raise ShapeError(
+                f"padding={tuple(padding)} (top, left, bottom, right) must be less "
+                f"than kernel_size={tuple(kernel_size)}: some windows would see no "
+                f"number"
+            )
+    elif any(2 * pad > k for pad, k in zip(padding, kernel_size)):
+        raise ShapeError(
+            f"padding={tuple(padding)} is more than half of "
+            f"kernel_size={tuple(kernel_size)}: make it at most "
+            f"{tuple(k // 2 for k in kernel_size)}"
+        )
+
+
+def pool2d_output_shape(
+    x_shape: tuple,
+    kernel_size: tuple,
+    stride: tuple,
+    padding: tuple = (0, 0),
+    ceil_mode: bool = False,
+) -> tuple:
+    """(N, C, P, Q) of x (N, C, H, W): P = (H + 2 padding - kernel) // stride + 1.
+
+    Padding is (height, width), or (top, left, bottom, right): so padding[:2] is that
+    in front, and padding[-2:] that behind. With ceil_mode the division is rounded up,
+    but no window begins behind the last element.
+
+    Raises
+    ------
+    ShapeError
+        If a window does not fit, if one could hold nothing but padding, or if a plane
+        has more elements than the int32 positions of its maxima can number.
     """
     n, c, h, w = _axes("x", x_shape, "NCHW")
     _at_least("kernel_size", kernel_size, 1)
@@ -294,25 +340,29 @@ def pool2d_output_shape(
             f"{_INT32_MAX} elements"
         )
     sizes = []
-    for size, window, step, pad in zip((h, w), kernel_size, stride, padding):
-        if 2 * pad > window:
-            raise ShapeError(
-                f"padding {tuple(padding)} is more than half of the window "
-                f"{tuple(kernel_size)}: make it at most "
-                f"{tuple(k // 2 for k in kernel_size)}"
-            )
-        if size < 1 or size + 2 * pad < window:
+    check_pool_padding(kernel_size, padding)
+    ends = zip(padding[:2], padding[-2:])
+    for size, window, step, pads in zip((h, w), kernel_size, stride, ends):
+        count = pooled_size(size, window, step, *pads, ceil_mode)
+        if size < 1 or count < 1:
             raise ShapeError(
                 f"a window of {tuple(kernel_size)} does not fit into an image of "
                 f"{(h, w)} with padding {tuple(padding)}"
             )
-        sizes.append((size + 2 * pad - window) // step + 1)
+        if size + sum(pads) + window > _INT32_MAX:
+            raise ShapeError(
+                f"a window of {tuple(kernel_size)} in an image of {(h, w)} with "
+                f"padding {tuple(padding)} is too large: rows and columns are int32"
+            )
+        sizes.append(count)
     return n, c, *sizes
 
 
-def check_avgpool2d_backward(dy_shape, x_shape, kernel_size, stride, padding) -> None:
+def check_avgpool2d_backward(
+    dy_shape, x_shape, kernel_size, stride, padding, ceil_mode
+) -> None:
     """The shapes of ``avgpool2d_backward`` fit."""
-    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding)
+    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding, ceil_mode)
     _equal("dy", dy_shape, y_shape, "the shape of y")
 
 
@@ -339,10 +389,10 @@ def check_global_pool2d_backward(dy_shape, x_shape) -> None:
 
 
 def check_maxpool2d_backward(
-    dy_shape, positions_shape, x_shape, kernel_size, stride, padding
+    dy_shape, positions_shape, x_shape, kernel_size, stride, padding, ceil_mode
 ) -> None:
     """The shapes of ``maxpool2d_backward`` fit."""
-    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding)
+    y_shape = pool2d_output_shape(x_shape, kernel_size, stride, padding, ceil_mode)
     _equal("dy", dy_shape, y_shape, "the shape of y")
     _equal("positions", positions_shape, y_shape, "the shape of y")
 

@@ -1,4 +1,6 @@
-"""Tanh, LeakyReLU, GELU, SiLU and Softmax on the CPU."""
+"""Tanh, LeakyReLU, Hardtanh, GELU, SiLU and Softmax on the CPU."""
+
+import math
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ ELEMENTWISE = {
     "tanh": ("tanh", (), True),
     "leaky relu": ("leaky_relu", (0.1,), False),
     "leaky relu downwards": ("leaky_relu", (-0.5,), False),
+    "hardtanh": ("hardtanh", (-0.75, 1.5), False),
+    "relu6": ("hardtanh", (0.0, 6.0), False),
     "gelu": ("gelu", ("none",), False),
     "gelu by tanh": ("gelu", ("tanh",), False),
     "silu": ("silu", (), False),
@@ -25,11 +29,16 @@ LAYERS = {
     "tanh": nn.Tanh,
     "leaky relu": lambda: nn.LeakyReLU(0.1),
     "leaky relu downwards": lambda: nn.LeakyReLU(-0.5),
+    "hardtanh": lambda: nn.Hardtanh(-0.75, 1.5),
+    "relu6": nn.ReLU6,
     "gelu": nn.GELU,
     "gelu by tanh": lambda: nn.GELU("tanh"),
     "silu": nn.SiLU,
 }
-SPECIAL = [0.0, -0.0, 100.0, -100.0, 1e20, -1e20, 1e-30, -1e-30, 16.5, -16.5, np.nan]
+SPECIAL = [
+    0.0, -0.0, 100.0, -100.0, 1e20, -1e20, 1e-30, -1e-30, 16.5, -16.5, np.nan, -0.75,
+    1.5, 6.0,
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +112,41 @@ def test_the_two_forms_of_gelu_are_as_near_as_documented():
     assert 1e-4 < far.max() < 5e-4
 
 
+def ends_and_what_lies_near(low, high, size, seed):
+    """x at, beside and beyond the ends of Hardtanh, and dy, some of it no number."""
+    rng = np.random.default_rng(seed)
+    ends = np.array([low, high], np.float32)
+    x = rng.choice(
+        [
+            *ends, *np.nextafter(ends, np.float32(-np.inf)),
+            *np.nextafter(ends, np.float32(np.inf)), 0.0, np.inf, -np.inf, np.nan,
+            *rng.standard_normal(8),
+        ],
+        size,
+    ).astype(np.float32)  # fmt: skip
+    dy = rng.choice([1.5, -2.0, np.inf, -np.inf, np.nan, 0.0], size)
+    return x, dy.astype(np.float32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.floats(-4, 4, width=32) | st.just(-math.inf),
+    st.floats(0.125, 8, width=32) | st.just(math.inf),
+    st.integers(0, 20000),
+)
+@np.errstate(over="ignore")
+def test_hardtanh_copies_and_computes_nothing(low, reach, size):
+    high = float(np.float32(reach + (low if math.isfinite(low) else 0)))
+    x, dy = ends_and_what_lies_near(low, high, size, seed=size)
+    y = cpu.hardtanh_forward(Tensor(x, "cpu"), low, high).numpy()
+    np.testing.assert_array_equal(y, np.clip(x, np.float32(low), np.float32(high)))
+    np.testing.assert_array_equal(y, reference.hardtanh_forward(x, low, high))
+    dx = cpu.hardtanh_backward(Tensor(dy, "cpu"), Tensor(x, "cpu"), low, high).numpy()
+    outside = (x <= np.float32(low)) | (x >= np.float32(high))
+    np.testing.assert_array_equal(dx, np.where(outside, np.float32(0), dy))
+    np.testing.assert_array_equal(dx, reference.hardtanh_backward(dy, x, low, high))
+
+
 # softmax
 
 
@@ -170,6 +214,8 @@ TORCH = {
     "tanh": lambda torch: torch.nn.Tanh(),
     "leaky relu": lambda torch: torch.nn.LeakyReLU(0.1),
     "leaky relu downwards": lambda torch: torch.nn.LeakyReLU(-0.5),
+    "hardtanh": lambda torch: torch.nn.Hardtanh(-0.75, 1.5),
+    "relu6": lambda torch: torch.nn.ReLU6(),
     "gelu": lambda torch: torch.nn.GELU(),
     "gelu by tanh": lambda torch: torch.nn.GELU(approximate="tanh"),
     "silu": lambda torch: torch.nn.SiLU(),
@@ -183,7 +229,7 @@ def test_against_pytorch(case):
     layer = LAYERS.get(case, nn.Softmax)()
     rng = np.random.default_rng(4)
     x, dy = 4 * rng.standard_normal((2, 33, 17), dtype=np.float32)
-    x[0, :2] = 0.0, -0.0
+    x[0, :5] = 0.0, -0.0, -0.75, 1.5, 6.0
     tensor = torch.tensor(x, requires_grad=True)
     expected = TORCH[case](torch)(tensor)
     expected.backward(torch.tensor(dy))
@@ -201,6 +247,9 @@ def test_arguments_and_names():
     assert repr(nn.SiLU()) == "SiLU()"
     assert repr(nn.LeakyReLU()) == "LeakyReLU(negative_slope=0.01)"
     assert repr(nn.LeakyReLU(np.float32(0.5))) == "LeakyReLU(negative_slope=0.5)"
+    assert repr(nn.Hardtanh()) == "Hardtanh(min_val=-1.0, max_val=1.0)"
+    assert repr(nn.Hardtanh(0, math.inf)) == "Hardtanh(min_val=0.0, max_val=inf)"
+    assert repr(nn.ReLU6()) == "ReLU6()"
     assert repr(nn.GELU("tanh")) == "GELU(approximate='tanh')"
     assert repr(nn.Softmax(-1)) == "Softmax(dim=1)"
     with pytest.raises(ValueError, match="Softmax: dim=2, but only dim=1"):
@@ -211,6 +260,11 @@ def test_arguments_and_names():
         nn.LeakyReLU("1")
     with pytest.raises(ValueError, match="negative_slope must be finite, got nan"):
         nn.LeakyReLU(float("nan"))
+    with pytest.raises(TypeError, match="Hardtanh: max_val must be a number, got None"):
+        nn.Hardtanh(0, None)
+    for ends in ((1, 1), (2, 1), (math.nan, 1), (1, math.nan), (math.inf, math.inf)):
+        with pytest.raises(ValueError, match="min_val must be less than max_val, got"):
+            nn.Hardtanh(*ends)
     with pytest.raises(ShapeError, match=r"Softmax\(dim=1\).*2 axes"):
         nn.Softmax()(np.zeros((1, 2, 3), np.float32))
     with pytest.raises(TypeError, match="the input is uint8"):

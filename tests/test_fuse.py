@@ -320,6 +320,14 @@ def test_runs_that_are_replaced():
         ([nn.Conv2d(2, 2, 3, dilation=2)], ["Conv2d"]),
         ([nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, 2)], ["FusedConv2d", "MaxPool2d"]),
         ([nn.Conv2d(2, 2, 3), nn.MaxPool2d(2, padding=1)], ["FusedConv2d", "MaxPool2d"]),
+        (
+            [nn.Conv2d(2, 2, 3), nn.MaxPool2d(2, padding=(0, 0, 1, 1))],
+            ["FusedConv2d", "MaxPool2d"],
+        ),
+        (
+            [nn.Conv2d(2, 2, 3), nn.MaxPool2d(2, ceil_mode=True)],
+            ["FusedConv2d", "MaxPool2d"],
+        ),
         ([nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.ReLU()], ["FusedConv2d", "ReLU"]),
         ([nn.Conv2d(2, 2, 3), nn.Sigmoid()], ["FusedConv2d", "Sigmoid"]),
         ([nn.ReLU(), nn.Linear(2, 3)], ["ReLU", "FusedLinear"]),

@@ -1,5 +1,6 @@
 """The record of the GPU tests: when it counts, and that nothing green is false."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -49,6 +50,60 @@ def test_record_of_these_sources_is_current(tree):
     write_record(tree / "record", gpu_record.digest(tree))
     current, line = gpu_record.check(tree / "record", tree)
     assert current and "12 tests passed on a GPU on 2026-01-02" in line
+
+
+def neighbours(path):
+    """Modules beside the tests that a module imports, or names as a script to run."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):
+            names = [str(node.value)[:-3]]
+        else:
+            continue
+        for name in names:
+            if (found := ROOT / "tests" / f"{name}.py").is_file():
+                yield found
+
+
+def test_what_tests_on_a_gpu_import_is_covered():
+    covered = {path for pattern in gpu_record.COVERED for path in ROOT.glob(pattern)}
+    left = sorted((ROOT / "tests" / "gpu").glob("*.py"))
+    # fixtures come unasked
+    left.append(ROOT / "tests" / "conftest.py")
+    seen = set(left)
+    while left:
+        for path in neighbours(left.pop()):
+            if path not in seen:
+                seen.add(path)
+                left.append(path)
+    names = {path.name for path in seen}
+    assert {"bounds.py", "demos.py", "killed_run.py", "test_ops_reference.py"} <= names
+    assert not seen - covered, "put these into COVERED of tools/gpu_record.py"
+
+
+@pytest.mark.parametrize("pattern", gpu_record.COVERED)
+def test_every_pattern_covers_something(pattern):
+    assert list(ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cuda/gemm.cu",
+        "cycnn/ops/reference_loss.py",
+        "cycnn/train/trainer.py",
+        "tests/bounds.py",
+        "tests/gpu/conftest.py",
+        "tools/leak_check.py",
+    ],
+)
+def test_what_runs_and_what_judges_count(tree, name):
+    before = gpu_record.digest(tree)
+    (tree / name).write_bytes((tree / name).read_bytes() + b"\n")
+    assert gpu_record.digest(tree) != before
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "rename", "remove"])

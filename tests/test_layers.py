@@ -29,7 +29,7 @@ def linear(layer):
 
 def pool(layer):
     return lambda x: reference.maxpool2d_forward(
-        x, layer.kernel_size, layer.stride, layer.padding
+        x, layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode
     )[0]
 
 
@@ -59,6 +59,16 @@ CASES = {
         lambda: nn.MaxPool2d((3, 2), stride=(1, 2), padding=(1, 1)),
         pool,
         (2, 2, 5, 5),
+    ),
+    "pool over the edge": (
+        lambda: nn.MaxPool2d(3, 2, ceil_mode=True),
+        pool,
+        (2, 2, 6, 4),
+    ),
+    "pool uneven": (
+        lambda: nn.MaxPool2d(3, 2, padding=(0, 2, 1, 0)),
+        pool,
+        (2, 2, 6, 5),
     ),
     "relu": (nn.ReLU, lambda _: reference.relu_forward, (3, 2, 4)),
     "sigmoid": (nn.Sigmoid, lambda _: reference.sigmoid_forward, (3, 7)),
@@ -250,6 +260,15 @@ def test_tensors_of_another_dtype_or_device_are_refused():
         (lambda: nn.Linear("3", 1), TypeError, "in_features must be an integer"),
         (lambda: nn.MaxPool2d(2, padding=2), ValueError, "more than half"),
         (lambda: nn.MaxPool2d((4, 2), padding=2), ValueError, "more than half"),
+        (lambda: nn.MaxPool2d(2, padding=(0, 0, 2, 0)), ValueError, "must be less"),
+        (lambda: nn.MaxPool2d(2, padding=(0, 0, 0)), ValueError, "padding is"),
+        (
+            lambda: nn.MaxPool2d(2, padding=[0, -1, 0, 0]),
+            ValueError,
+            "padding must be at least 0",
+        ),
+        (lambda: nn.MaxPool2d(2, padding="1111"), ValueError, "padding is"),
+        (lambda: nn.MaxPool2d(2, ceil_mode=1), TypeError, "ceil_mode must be True or"),
         (lambda: nn.MaxPool2d(2, stride=-1), ValueError, "stride must be at least 1"),
         (lambda: nn.LogSoftmax(0), ValueError, "dim=0"),
         (lambda: nn.LogSoftmax(dim=None), ValueError, "dim=None"),
@@ -274,6 +293,16 @@ def test_repr():
             "MaxPool2d(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))",
         ),
         (nn.MaxPool2d(2), "MaxPool2d(kernel_size=(2, 2))"),
+        (nn.MaxPool2d(2, padding=(1, 1, 1, 1)), repr(nn.MaxPool2d(2, padding=1))),
+        (
+            nn.MaxPool2d(3, 2, [0, 0, 1, 2], ceil_mode=True),
+            "MaxPool2d(kernel_size=(3, 3), stride=(2, 2), padding=(0, 0, 1, 2), "
+            "ceil_mode=True)",
+        ),
+        (
+            nn.MaxPool2d(3, 3, (2, 2, 2, 2)),
+            "MaxPool2d(kernel_size=(3, 3), padding=(2, 2, 2, 2))",
+        ),
         (nn.ReLU(), "ReLU()"),
         (nn.LogSoftmax(-1), "LogSoftmax(dim=1)"),
     ]:

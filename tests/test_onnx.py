@@ -367,8 +367,12 @@ def test_uneven_padding_that_can_be_read():
     pool = {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 1, 1]}
     model = check(graph([node("MaxPool", **pool)]), IMAGE, "MaxPool2d")
     assert model[0].padding == (0, 0)
-    refuse(graph([node("MaxPool", **pool)], shape=(1, 1, 5, 5)), "MaxPool", "[(0, 1)")
-    refuse(graph([node("MaxPool", **pool)], shape=(1, 1, "H", "W")), "MaxPool")
+    for shape in (("N", 1, 5, 5), ("N", 1, "H", "W")):
+        for size in (5, 6):
+            proto = graph([node("MaxPool", **pool)], shape=shape)
+            if shape[2] in (size, "H"):
+                model = check(proto, numbers(3, 1, size, size), "MaxPool2d")
+                assert model[0].padding == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("opset", [9, 10, 12, 17, 22])
@@ -382,12 +386,15 @@ def test_max_pool(opset):
     check(pool(auto_pad="VALID", strides=[2, 2]), IMAGE)
     check(pool(outputs="y positions"), IMAGE)
     refuse(pool(kernel_shape=[2]), "two dimensions")
-    refuse(pool(kernel_shape=[2, 2], pads=[2, 2, 2, 2]), "more than half")
+    check(pool(pads=[2, 1, 2, 1]), IMAGE, "MaxPool2d")
+    refuse(pool(kernel_shape=[2, 2], pads=[2, 2, 2, 2]), "must be less than")
     if opset > 9:
         refuse(pool(dilations=[2, 1]), "dilations")
         # of 6 rows windows of 3 in steps of 2 leave one over
-        refuse(pool(strides=[2, 2], ceil_mode=1), "MaxPool", "ceil_mode")
-        check(pool(kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1), IMAGE)
+        (layer,) = check(pool(strides=[2, 2], ceil_mode=1), IMAGE, "MaxPool2d")
+        assert layer.ceil_mode
+        even = pool(kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+        assert not check(even, IMAGE)[0].ceil_mode
 
 
 def gemm(inputs="x v c", weights=None, opset=17, **attributes):

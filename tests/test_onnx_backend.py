@@ -33,14 +33,15 @@ OPERATORS = {
 }  # fmt: skip
 
 INCLUDED = """
-    averagepool_2d_ceil_last_window_starts_on_pad averagepool_2d_default
-    averagepool_2d_pads_count_include_pad averagepool_2d_precomputed_pads
-    averagepool_2d_precomputed_pads_count_include_pad
+    averagepool_2d_ceil averagepool_2d_ceil_last_window_starts_on_pad
+    averagepool_2d_default averagepool_2d_pads averagepool_2d_pads_count_include_pad
+    averagepool_2d_precomputed_pads averagepool_2d_precomputed_pads_count_include_pad
     averagepool_2d_precomputed_same_upper averagepool_2d_precomputed_strides
-    averagepool_2d_strides
+    averagepool_2d_same_lower averagepool_2d_same_upper averagepool_2d_strides
     basic_conv_with_padding basic_conv_without_padding
     batchnorm_epsilon batchnorm_example
-    clip_default_inbounds clip_default_min
+    clip clip_default_inbounds clip_default_max clip_default_min clip_example
+    clip_inbounds clip_outbounds clip_splitbounds
     conv_with_autopad_same conv_with_strides_and_asymmetric_padding
     conv_with_strides_no_padding conv_with_strides_padding
     convtranspose convtranspose_autopad_same convtranspose_dilations
@@ -65,9 +66,10 @@ INCLUDED = """
     leakyrelu leakyrelu_default leakyrelu_example
     logsoftmax_example_1 logsoftmax_large_number
     matmul_2d
-    maxpool_2d_ceil_output_size_reduce_by_one maxpool_2d_default
-    maxpool_2d_precomputed_pads maxpool_2d_precomputed_same_upper
-    maxpool_2d_precomputed_strides maxpool_2d_strides
+    maxpool_2d_ceil maxpool_2d_ceil_output_size_reduce_by_one maxpool_2d_default
+    maxpool_2d_pads maxpool_2d_precomputed_pads maxpool_2d_precomputed_same_upper
+    maxpool_2d_precomputed_strides maxpool_2d_same_lower maxpool_2d_same_upper
+    maxpool_2d_strides
     relu
     reshape_reduced_dims
     sigmoid sigmoid_example
@@ -81,20 +83,10 @@ EXCLUDED = {
     r"add_u?int\d+|clip_default_int8_.*|maxpool_2d_uint8": "integers: all is float32",
     r"(averagepool|convtranspose|maxpool)_(1d|3d).*": "no images of two dimensions",
     r"(averagepool|maxpool)_2d_dilations": "no dilated windows in the pooling layers",
-    r"(averagepool|maxpool)_2d_(ceil|same_lower|same_upper)": (
-        "padding on one side only, which neither MaxPool2d nor, where zeros do not "
-        "count, AvgPool2d has"
-    ),
-    r"(averagepool|maxpool)_2d_pads": (
-        "padding of more than half of the window, as PyTorch forbids it, too"
-    ),
     r"batchnorm_.*_training_mode|training_dropout.*": (
         "ops in training mode; networks are read for inference, and trained by cycnn"
     ),
-    r"clip|clip_(example|inbounds|outbounds|splitbounds|default_max)": (
-        "no layer cuts off at the top"
-    ),
-    r"clip_min_greater_than_max": "no layer cuts off at the top",
+    r"clip_min_greater_than_max": "the same number for any input, which no layer gives",
     r"concat_.*": "joins two inputs of the network, and cycnn reads one",
     r"constant": "has no input",
     r"constant_pad.*": "pads by 1.2: there is only ZeroPad2d",

@@ -43,6 +43,13 @@ def normalised(layer, seed=0):
 LAYERS = {
     "AvgPool2d": lambda: nn.AvgPool2d((3, 2), (2, 1), (1, 1)),
     "AvgPool2d, of the image": lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "AvgPool2d, over the edge": lambda: nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True),
+    "AvgPool2d, over the edge of the image": lambda: nn.AvgPool2d(
+        3, 2, 1, ceil_mode=True, count_include_pad=False
+    ),
+    "AvgPool2d, uneven": lambda: nn.AvgPool2d(
+        3, 2, (0, 1, 1, 2), count_include_pad=False
+    ),
     "AdaptiveAvgPool2d": lambda: nn.AdaptiveAvgPool2d(1),
     "BatchNorm2d": lambda: nn.BatchNorm2d(2, eps=0.01, momentum=0.3),
     "BatchNorm2d, mean": lambda: nn.BatchNorm2d(2, momentum=None),
@@ -50,7 +57,13 @@ LAYERS = {
     "Dropout": lambda: nn.Dropout(0.9),
     "GELU": lambda: nn.GELU(),
     "GELU, tanh": lambda: nn.GELU("tanh"),
+    "Hardtanh": lambda: nn.Hardtanh(-0.3, 1.7),
+    "Hardtanh, open above": lambda: nn.Hardtanh(-0.1, math.inf),
+    "Hardtanh, open below": lambda: nn.Hardtanh(-math.inf, 0.4),
     "LeakyReLU": lambda: nn.LeakyReLU(0.2),
+    "MaxPool2d, over the edge": lambda: nn.MaxPool2d(3, 2, ceil_mode=True),
+    "MaxPool2d, uneven": lambda: nn.MaxPool2d(3, 2, (0, 1, 1, 2)),
+    "ReLU6": lambda: nn.ReLU6(),
     "SiLU": lambda: nn.SiLU(),
     "Softmax": lambda: nn.Sequential(nn.Flatten(), nn.Softmax()),
     "Tanh": lambda: nn.Tanh(),
@@ -198,6 +211,8 @@ def draw_network(rng):
                     nn.MaxPool2d(3, 2, 1),
                     nn.AvgPool2d(2, 1, 1),
                     nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+                    nn.MaxPool2d(3, 2, ceil_mode=True),
+                    nn.AvgPool2d(2, 2, (0, 1, 1, 0)),
                 )
             )
         elif kind == "norm":
@@ -275,14 +290,14 @@ def test_average_pool(opset):
     assert not check(pool(**padded), IMAGE)[0].count_include_pad
     check(pool(**padded, count_include_pad=1), IMAGE, "AvgPool2d")
     uneven = {"pads": [0, 1, 1, 0], "count_include_pad": 1}
-    check(pool(**uneven), IMAGE, "ZeroPad2d AvgPool2d")
+    check(pool(**uneven), IMAGE, "AvgPool2d")
     check(pool(auto_pad="VALID"), IMAGE)
     refuse(pool(auto_pad="SAME_UPPER", strides=[3, 3]), "larger than the window")
-    refuse(pool(pads=[0, 1, 1, 0]), "AveragePool", "the same or give the same")
+    check(pool(pads=[0, 1, 1, 0]), IMAGE, "AvgPool2d")
     refuse(pool(kernel_shape=[2]), "two dimensions")
     if opset > 9:
-        refuse(pool(strides=[2, 2], ceil_mode=1), "AveragePool", "the same")
-        refuse(pool(strides=[2, 2], ceil_mode=1, count_include_pad=1), "ceil_mode adds")
+        check(pool(strides=[2, 2], ceil_mode=1), IMAGE, "AvgPool2d")
+        refuse(pool(strides=[2, 2], ceil_mode=1, auto_pad="VALID"), "auto_pad=VALID")
     if opset > 18:
         refuse(pool(dilations=[2, 1]), "dilations")
 
@@ -309,23 +324,41 @@ def test_average_pool_of_any_window(attributes, kernel, size, ceil_mode, counts)
     equal_or_refused(graph([pool], shape=(2, 1, size, size + 1), opset=19), x)
 
 
-def test_max_pool_of_what_is_not_negative():
+def test_rounded_up_where_the_last_window_begins_in_the_padding(tmp_path):
+    """PyTorch, onnxruntime and opset 22 have no such window, older ones' shapes do."""
+    path, shape = tmp_path / "model.onnx", (None, 2, 3, 3)
+    x = numbers(2, 2, 3, 3)
+    for kind in (nn.AvgPool2d, nn.MaxPool2d):
+        for opset in (11, 17, 22):
+            layer = kind(2, 2, 1, ceil_mode=True)
+            proto = cycnn.onnx.export(layer, path, shape, opset)
+            y = layer(x).numpy()
+            assert y.shape == (2, 2, 2, 2)
+            np.testing.assert_allclose(run(proto, x), y, rtol=1e-5, atol=1e-6)
+            np.testing.assert_array_equal(cycnn.onnx.load(path)(x).numpy(), y)
+        # the rows are rounded up, the columns are not
+        layer = kind((3, 2), (2, 2), (0, 1), ceil_mode=True)
+        with pytest.raises(ValueError, match=r"needs opset 22 for images of \(4, 3\)"):
+            cycnn.onnx.export(layer, path, (None, 2, 4, 3), opset=17)
+        proto = cycnn.onnx.export(layer, path, (None, 2, 4, 3), opset=22)
+        x_here = numbers(2, 2, 4, 3)
+        y = layer(x_here).numpy()
+        np.testing.assert_allclose(run(proto, x_here), y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(cycnn.onnx.load(path)(x_here).numpy(), y)
+
+
+def test_max_pool_over_the_edge():
     """As GoogLeNet and SqueezeNet have it: the last window reaches over the edge."""
     pool = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}
     nodes = [node("Relu", "x", "a"), node("MaxPool", "a", **pool)]
-    check(graph(nodes), IMAGE, "ReLU ZeroPad2d MaxPool2d")
-    pool = {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}
-    nodes = [
-        node("Relu", "x", "a"),
-        node("Sigmoid", "x", "b"),
-        node("Concat", "a b", "c", axis=1),
-        node("MaxPool", "c", **pool),
-    ]
-    check(graph(nodes), IMAGE, "Concat ZeroPad2d MaxPool2d")
-    nodes = [node("Tanh", "x", "a"), node("MaxPool", "a", **pool)]
-    refuse(graph(nodes), "the same or give the same")
-    nodes[0] = node("LeakyRelu", "x", "a")
-    refuse(graph(nodes), "the same or give the same")
+    check(graph(nodes), IMAGE, "ReLU MaxPool2d")
+    # where the file leaves the size open, too
+    proto = graph([node("MaxPool", **pool)], shape=("N", 1, "H", "W"))
+    assert check(proto, IMAGE)[0].ceil_mode
+    nodes[1] = node("MaxPool", "a", kernel_shape=[2, 2], auto_pad="SAME_UPPER")
+    assert check(graph(nodes), -IMAGE)[1].padding == (0, 0, 1, 1)
+    nodes[1] = node("MaxPool", "a", kernel_shape=[2, 2], auto_pad="SAME_LOWER")
+    assert check(graph(nodes), -IMAGE)[1].padding == (1, 1, 0, 0)
 
 
 @pytest.mark.parametrize("opset", [9, 13, 18, 22])
@@ -412,8 +445,16 @@ def test_clip(opset):
     check(clip(0.0), IMAGE, "ReLU")
     check(clip(0.0, 3.4028234663852886e38), IMAGE, "ReLU")
     check(clip(), IMAGE, "")
-    refuse(clip(0.0, 6.0), "node 'the Clip' (Clip): from 0.0 to 6.0", "Relu")
-    refuse(clip(-1.0), "from -1.0 to inf")
+    check(clip(0.0, 6.0), 9 * IMAGE, "ReLU6")
+    for low, high in ((-1.0, None), (None, 0.3), (-0.1, 0.7), (-3.4028235e38, 2.0)):
+        (layer,) = check(clip(low, high), IMAGE, "Hardtanh")
+        given = (low if low and low > -1e38 else -math.inf), high or math.inf
+        assert (layer.min_val, layer.max_val) == given
+    message = "node 'the Clip' (Clip): Hardtanh: min_val must be less than max_val"
+    refuse(clip(2.0, 1.0), message, "got 2.0 and 1.0")
+    refuse(clip(1.0, 1.0), message)
+    refuse(clip(math.nan, 1.0), message)
+    refuse(clip(0.0, math.nan), message)
 
 
 def written(*steps, **weights):
@@ -490,8 +531,8 @@ def every_operator():
 
 def test_every_operator():
     layers = (
-        "BatchNorm2d SiLU ConvTranspose2d ZeroPad2d AvgPool2d LeakyReLU LayerNorm ReLU "
-        "ZeroPad2d MaxPool2d GELU AdaptiveAvgPool2d Flatten Softmax"
+        "BatchNorm2d SiLU ConvTranspose2d AvgPool2d LeakyReLU LayerNorm ReLU "
+        "MaxPool2d GELU AdaptiveAvgPool2d Flatten Softmax"
     )
     check(every_operator(), IMAGE, layers)
 

@@ -183,6 +183,11 @@ ODD_POOLS = {
     "one column": ((3, 2, 2, 2), (2, 2), (2, 2), (0, 0)),
     "31 by 33": ((3, 5, 31, 33), (2, 2), (2, 2), (0, 0)),
     "many": ((1, 33, 257, 31), (3, 3), (2, 2), (1, 1)),
+    # of two by two without padding in front, and yet not all inside
+    "over the lower edge": ((2, 3, 5, 6), (2, 2), (2, 2), (0, 0), True),
+    "over the right edge": ((2, 3, 6, 5), (2, 2), (2, 2), (0, 0), True),
+    "padding below": ((2, 3, 5, 4), (2, 2), (2, 2), (0, 0, 1, 0)),
+    "padding on the right": ((2, 3, 4, 5), (2, 2), (2, 2), (0, 0, 0, 1)),
 }
 
 
@@ -206,10 +211,14 @@ def test_maxpool2d_of_any_shape(data):
         return data.draw(st.integers(low, high))
 
     window = draw(1, 4), draw(1, 4)
-    padding = tuple(draw(0, k // 2) for k in window)
-    size = [max(1, k - 2 * p) + draw(0, 9) for k, p in zip(window, padding)]
+    if draw(0, 1):
+        padding = tuple(draw(0, k // 2) for k in window)
+    else:
+        padding = tuple(draw(0, k - 1) for k in (*window, *window))
+    ends = zip(window, padding[:2], padding[-2:])
+    size = [max(1, k - a - b) + draw(0, 9) for k, a, b in ends]
     x = np.round(2 * normal(draw(0, 3), draw(1, 3), *size))
-    check_maxpool2d(x, window, (draw(1, 5), draw(1, 5)), padding)
+    check_maxpool2d(x, window, (draw(1, 5), draw(1, 5)), padding, bool(draw(0, 1)))
 
 
 def test_a_position_outside_is_skipped():

@@ -28,6 +28,8 @@ POOLS = {
     "padding": ((2, 2, 5, 6), (3, 2), (2, 1), (1, 1)),
     "stride > window": ((2, 2, 8, 8), (2, 3), (3, 4), (0, 0)),
     "empty batch": ((0, 2, 4, 4), (2, 2), (2, 2), (0, 0)),
+    "at the end": ((2, 2, 5, 6), (2, 3), (2, 2), (0, 0, 1, 2)),
+    "much padding": ((1, 2, 3, 4), (3, 3), (1, 2), (2, 1, 2, 0)),
 }
 
 
@@ -125,6 +127,25 @@ def test_maxpool2d_gradient(case):
     dy = normal(*y.shape)
     dx = ops.maxpool2d_backward(dy, positions, x_shape, *how)
     close(dx, slope(lambda: ops.maxpool2d_forward(x, *how)[0], x, dy))
+
+
+@pytest.mark.parametrize("case", POOLS)
+def test_maxpool2d_rounded_up_is_that_with_more_padding(case):
+    x_shape, window, stride, padding = POOLS[case]
+    x = spread(*x_shape)
+    y, positions = ops.maxpool2d_forward(x, window, stride, padding, True)
+    # a step less 1: with more there would be one more window in any case
+    ends = zip(padding[:2], padding[-2:], stride)
+    frame = [(0, 0), (0, 0), *((a, b + step - 1) for a, b, step in ends)]
+    wanted, _ = ops.maxpool2d_forward(
+        np.pad(x, frame, constant_values=-np.inf), window, stride
+    )
+    np.testing.assert_array_equal(y, wanted[:, :, : y.shape[2], : y.shape[3]])
+    assert (wanted > -np.inf).sum() == y.size  # windows left out would see no number
+    dy = normal(*y.shape)
+    dx = ops.maxpool2d_backward(dy, positions, x_shape, window, stride, padding, True)
+    forward = lambda: ops.maxpool2d_forward(x, window, stride, padding, True)[0]
+    close(dx, slope(forward, x, dy))
 
 
 @pytest.mark.parametrize("case", POOLS)

@@ -28,32 +28,39 @@ def close(found, expected, terms=4):
     np.testing.assert_allclose(found, expected, rtol=8 * F32, atol=4 * terms * F32)
 
 
+@pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("case", POOLS)
-def test_the_specification_is_the_mean_that_it_says(case, include):
+def test_the_specification_is_the_mean_that_it_says(case, include, ceil_mode):
     x_shape, window, stride, padding = POOLS[case]
     x = normal(*x_shape)
-    y = reference.avgpool2d_forward(x, window, stride, padding, include)
+    y = reference.avgpool2d_forward(x, window, stride, padding, include, ceil_mode)
     for n, c, p, q in np.ndindex(*y.shape):
-        seen = [
-            x[n, c, h, w]
+        met = [
+            (p * stride[0] - padding[0] + r, q * stride[1] - padding[1] + s)
             for r in range(window[0])
             for s in range(window[1])
-            if 0 <= (h := p * stride[0] - padding[0] + r) < x_shape[2]
-            and 0 <= (w := q * stride[1] - padding[1] + s) < x_shape[3]
         ]
-        count = window[0] * window[1] if include else len(seen)
+        seen = [
+            x[n, c, h, w] for h, w in met if 0 <= h < x_shape[2] and 0 <= w < x_shape[3]
+        ]
+        ends = x_shape[2] + padding[-2], x_shape[3] + padding[-1]
+        padded = [1 for h, w in met if h < ends[0] and w < ends[1]]
+        assert ceil_mode or len(padded) == len(met)
+        count = len(padded) if include else len(seen)
         np.testing.assert_allclose(y[n, c, p, q], sum(seen) / count, rtol=1e-12)
 
 
+@pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("case", POOLS)
-def test_the_specification_has_the_slope_of_its_function(case, include):
+def test_the_specification_has_the_slope_of_its_function(case, include, ceil_mode):
     x_shape, *how = POOLS[case]
+    how += [include, ceil_mode]
     x = normal(*x_shape)
-    forward = lambda: reference.avgpool2d_forward(x, *how, include)
+    forward = lambda: reference.avgpool2d_forward(x, *how)
     dy = normal(*forward().shape, seed=1)
-    found = reference.avgpool2d_backward(dy, x_shape, *how, include)
+    found = reference.avgpool2d_backward(dy, x_shape, *how)
     np.testing.assert_allclose(found, slope(forward, x, dy), rtol=1e-7, atol=1e-8)
 
 
@@ -68,10 +75,14 @@ def test_the_global_mean_has_the_slope_of_its_function():
 def geometries(draw):
     window = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     stride = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    padding = tuple(draw(st.integers(0, k // 2)) for k in window)
-    sizes = [draw(st.integers(max(1, k - 2 * p), 12)) for k, p in zip(window, padding)]
+    if draw(st.booleans()):
+        padding = tuple(draw(st.integers(0, k // 2)) for k in window)
+    else:
+        padding = tuple(draw(st.integers(0, k - 1)) for k in (*window, *window))
+    ends = zip(window, padding[:2], padding[-2:])
+    sizes = [draw(st.integers(max(1, k - a - b), 12)) for k, a, b in ends]
     shape = draw(st.integers(0, 3)), draw(st.integers(1, 4)), *sizes
-    return shape, window, stride, padding, draw(st.booleans())
+    return shape, window, stride, padding, draw(st.booleans()), draw(st.booleans())
 
 
 @settings(deadline=None, max_examples=60)
@@ -103,7 +114,13 @@ LAYERS = {
     "overlapping": (nn.AvgPool2d, ((3, 2), (1, 2), (1, 1)), {}),
     "without padding": (nn.AvgPool2d, (5, 2, 2), {"count_include_pad": False}),
     "whole plane": (nn.AdaptiveAvgPool2d, (1,), {}),
-}
+    "over the edge": (nn.AvgPool2d, (3, 2, 1), {"ceil_mode": True}),
+    "over the edge, without padding": (
+        nn.AvgPool2d, ((2, 3), (3, 2), 1),
+        {"ceil_mode": True, "count_include_pad": False},
+    ),
+    "larger than the image": (nn.AvgPool2d, ((10, 9), (4, 9)), {"ceil_mode": True}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -113,7 +130,10 @@ def test_layers(case):
     x = normal(3, 4, 9, 8).astype(np.float32)
     y = layer(x)
     if kind is nn.AvgPool2d:
-        how = layer.kernel_size, layer.stride, layer.padding, layer.count_include_pad
+        how = (
+            layer.kernel_size, layer.stride, layer.padding, layer.count_include_pad,
+            layer.ceil_mode,
+        )  # fmt: skip
         expected = reference.avgpool2d_forward(x, *how)
         gradient = lambda dy: reference.avgpool2d_backward(dy, x.shape, *how)
     else:
@@ -145,11 +165,30 @@ def test_against_pytorch(case):
     close(layer.backward(dy), tensor.grad.numpy(), 25)
 
 
+@pytest.mark.parametrize("padding", [(0, 0, 1, 1), (1, 0, 2, 2), (2, 1, 0, 2)], ids=str)
+def test_uneven_padding_is_that_of_a_layer_in_front(padding):
+    top, left, bottom, right = padding
+    x = normal(3, 4, 9, 8).astype(np.float32)
+    for kind in (nn.AvgPool2d, nn.MaxPool2d):
+        frame = np.zeros if kind is nn.AvgPool2d else lambda n: np.full(n, -np.inf)
+        padded = frame((3, 4, 9 + top + bottom, 8 + left + right))
+        padded[:, :, top : top + 9, left : left + 8] = x
+        wanted = kind(3, 2)(padded.astype(np.float32)).numpy()
+        layer = kind(3, 2, padding)
+        np.testing.assert_array_equal(layer(x).numpy(), wanted)
+
+
 def test_arguments_and_names():
     assert repr(nn.AvgPool2d(2)) == "AvgPool2d(kernel_size=(2, 2))"
     assert repr(nn.AvgPool2d(3, 1, 1, count_include_pad=False)) == (
         "AvgPool2d(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), "
         "count_include_pad=False)"
+    )
+    assert repr(
+        nn.AvgPool2d(3, 1, (0, 2, 1, 0), ceil_mode=True, count_include_pad=False)
+    ) == (
+        "AvgPool2d(kernel_size=(3, 3), stride=(1, 1), padding=(0, 2, 1, 0), "
+        "ceil_mode=True, count_include_pad=False)"
     )
     assert repr(nn.AdaptiveAvgPool2d()) == "AdaptiveAvgPool2d(output_size=1)"
     assert nn.AdaptiveAvgPool2d((1, 1)).output_size == (1, 1)

@@ -75,6 +75,8 @@ def test_conv2d_refuses(change, message):
         ((1, 1, 5, 7), (2, 3), (3, 4), (1, 1), (1, 1, 2, 2)),
         ((0, 1, 2, 2), (2, 2), (2, 2), (0, 0), (0, 1, 1, 1)),
         ((1, 1, 1, 1), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1)),
+        ((1, 1, 5, 7), (2, 3), (3, 4), (0, 1, 1, 0), (1, 1, 2, 2)),
+        ((1, 1, 1, 8), (3, 3), (1, 2), (2, 0, 2, 0), (1, 1, 3, 3)),
     ],
 )
 def test_pool2d_output_shape(x, kernel, stride, padding, expected):
@@ -82,9 +84,29 @@ def test_pool2d_output_shape(x, kernel, stride, padding, expected):
 
 
 @pytest.mark.parametrize(
+    "size, window, step, before, after, expected",
+    [
+        (6, 3, 2, 0, 0, 3),
+        (7, 3, 2, 0, 0, 3),
+        (3, 4, 4, 0, 0, 1),  # no window fits, one reaches over the end
+        (3, 9, 2, 0, 0, -2),
+        (5, 1, 3, 0, 0, 2),  # a third would begin at 6
+        (4, 2, 2, 1, 1, 3),
+        (3, 2, 2, 1, 1, 2),  # a third would begin in the padding
+        (5, 3, 2, 0, 1, 3),
+    ],
+)
+def test_pooled_size_rounded_up(size, window, step, before, after, expected):
+    assert shapes.pooled_size(size, window, step, before, after, True) == expected
+
+
+@pytest.mark.parametrize(
     "x, kernel, stride, padding, message",
     [
-        ((1, 1, 8, 8), (2, 2), (2, 2), (2, 0), "more than half of the window"),
+        ((1, 1, 8, 8), (2, 2), (2, 2), (2, 0), "more than half of"),
+        ((1, 1, 8, 8), (2, 2), (2, 2), (0, 0, 1, 2), "must be less than kernel_size"),
+        ((1, 1, 8, 8), (2, 2), (2, 2), (-1, 0, 1, 1), "padding is"),
+        ((1, 1, 2, 8), (2**30, 2), (1, 2), (2**29, 0), "too large: rows and columns"),
         ((1, 1, 8, 8), (9, 2), (2, 2), (0, 0), "does not fit into an image"),
         ((1, 1, 0, 8), (2, 2), (2, 2), (1, 1), "does not fit into an image"),
         ((1, 1, 8, 8), (2, 2), (0, 2), (0, 0), "stride"),

@@ -83,6 +83,7 @@ def pooling(name):
         options = {"stride": draw.pair(1, 4), "padding": draw(0, 1)}
         if name == "AvgPool2d":
             options["count_include_pad"] = draw.maybe()
+        options["ceil_mode"] = draw.maybe()
         return name, (size,), options
 
     return settings
@@ -137,6 +138,8 @@ LAYERS = {
     "SiLU": plain("SiLU"),
     "Softmax": of_rows("Softmax"),
     "LogSoftmax": of_rows("LogSoftmax"),
+    "Hardtanh": lambda draw: ("Hardtanh", (-draw(1, 9) / 10, draw(1, 15) / 10), {}),
+    "ReLU6": plain("ReLU6"),
 }  # fmt: skip
 
 

@@ -3,11 +3,11 @@
     python tools/gpu_record.py              run; writes tests/gpu_record.json
     python tools/gpu_record.py --check      does the record belong to the sources?
 
-The record carries a digest of every source that runs on a GPU. It is written when the
-tests have passed, plainly and under the first tool, and again after each further tool; what
-did not pass is never in it. compute-sanitizer's exit status alone does not say so (a program that
-never ran a kernel can look clean), so its summary and pytest's own counts are demanded
-too.
+The record carries a digest of every source that runs on a GPU or judges what ran. It is
+written when the tests have passed, plainly and under the first tool, and again after
+each further tool; what did not pass is never in it. compute-sanitizer's exit status
+alone does not say so (a program that never ran a kernel can look clean), so its summary
+and pytest's own counts are demanded too.
 
 This script needs nothing but Python; what it runs needs a GPU, cycnn and pytest.
 """
@@ -33,7 +33,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "gpu_record.json"
-# What runs on the GPU, and what tests it. Generated files have other suffixes.
+# What runs on the GPU, what tests it, and what those tests share and compare with.
+# Generated files have other suffixes.
 COVERED = (
     "cuda/**/*.cu",
     "cuda/**/*.cuh",
@@ -46,10 +47,32 @@ COVERED = (
     "cycnn/nn/fuse.py",
     "cycnn/nn/inference.py",
     "cycnn/data/window.py",
+    "cycnn/ops/reference*.py",
     "cycnn/train/steps.py",
+    "cycnn/train/trainer.py",
     "cycnn/tensor.pyx",
     "cycnn/_dlpack.pyx",
+    "tools/leak_check.py",
     "tests/gpu/*.py",
+    "tests/any_shape.py",
+    "tests/bounds.py",
+    "tests/conftest.py",
+    "tests/demos.py",
+    "tests/extremes.py",
+    "tests/killed_run.py",
+    "tests/random_blocks.py",
+    "tests/rounded.py",
+    "tests/training.py",
+    # of these the tests on a GPU take cases and helpers
+    "tests/test_activation.py",
+    "tests/test_augment.py",
+    "tests/test_batch_norm.py",
+    "tests/test_blocks.py",
+    "tests/test_conv_transpose.py",
+    "tests/test_dropout.py",
+    "tests/test_fuse.py",
+    "tests/test_onnx_backend.py",
+    "tests/test_ops_reference.py",
 )
 # Apart from a test's own failure (1) and a crash, so that the cause can be told.
 ERROR_EXIT = 86

@@ -14,19 +14,34 @@ from .stream cimport Stream
 from .stream import contexts_were_reset
 
 _MINIMUM_CAPABILITY = (7, 5)
+_FORKED = (
+    "this process was forked after its parent had used the GPU, which CUDA "
+    "does not support: start workers with multiprocessing's 'spawn' method, "
+    "or fork before the first use of the GPU"
+)
 
 cdef list _devices = []
 cdef object _lock = threading.Lock()
-cdef object _forked = False
+# Whether CUDA was, in this process or before a fork. To ask for a GPU initialises it.
+cdef bint _initialised = False
+cdef bint _forked = False
 
 
 def _after_fork_in_child():
     # CUDA does not survive a fork: a child that went on would hang or crash later
     global _forked
-    _forked = len(_devices) > 0
+    if _initialised:
+        _forked = True
+        contexts_were_reset()  # what the parent made is not the child's to free
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+cdef int _refuse_if_forked() except -1:
+    if _forked:
+        raise CudaError(_FORKED)
+    return 0
 
 
 cdef class Device:
@@ -105,11 +120,15 @@ cdef int attribute(int index, cyruntime.cudaDeviceAttr which) except? -1:
 
 def probe():
     """Why this process cannot use a GPU, in a sentence, or None where it can."""
+    global _initialised
     cdef int found = 0
     cdef cyruntime.cudaError_t status
+    if _forked:
+        return _FORKED
     try:
         status = cyruntime.cudaGetDeviceCount(&found)
         if status == cyruntime.cudaError_t.cudaSuccess and found:
+            _initialised = True
             check_driver(cydriver.cuInit(0), "cuInit")
     except RuntimeError as error:
         # cuda-bindings raises when it cannot load libcuda
@@ -140,8 +159,11 @@ def probe():
 
 def count():
     """Number of GPUs that the driver shows to this process."""
+    global _initialised
     cdef int found = 0
+    _refuse_if_forked()
     check(cyruntime.cudaGetDeviceCount(&found), "cudaGetDeviceCount")
+    _initialised = True
     return found
 
 
@@ -154,18 +176,15 @@ def driver_version():
 
 cpdef Device get(int index):
     """The device, initialised at the first call."""
-    if _forked:
-        raise CudaError(
-            "this process was forked after its parent had used the GPU, which CUDA "
-            "does not support: start workers with multiprocessing's 'spawn' method, "
-            "or fork before the first use of the GPU"
-        )
+    global _initialised
+    _refuse_if_forked()
     if index < len(_devices) and _devices[index] is not None:
         return <Device>_devices[index]
     with _lock:
         while len(_devices) <= index:
             _devices.append(None)
         if _devices[index] is None:
+            _initialised = True
             _devices[index] = Device(index)
         return <Device>_devices[index]
 

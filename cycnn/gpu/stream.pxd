@@ -2,7 +2,8 @@ from cuda.bindings cimport cyruntime
 
 
 # Rises when a device is reset: handles made before are gone with its context, and a
-# destructor must not give them to CUDA, which may have used their values again.
+# destructor must not give them to CUDA, which may have used their values again. Rises in
+# a forked child too, where CUDA must not be called at all.
 cdef unsigned int context_epoch() noexcept
 
 

@@ -15,7 +15,10 @@ cdef unsigned int context_epoch() noexcept:
 
 
 def contexts_were_reset():
-    """Make destructors leave alone what was made before now."""
+    """Make destructors leave alone what was made before now.
+
+    After a reset, and in a forked child.
+    """
     global _epoch
     _epoch += 1
 

@@ -3,9 +3,11 @@
 from . import init
 from .activation import (
     GELU,
+    Hardtanh,
     LeakyReLU,
     LogSoftmax,
     ReLU,
+    ReLU6,
     Sigmoid,
     SiLU,
     Softmax,
@@ -44,6 +46,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "Flatten",
+    "Hardtanh",
     "L1Loss",
     "Layer",
     "LayerNorm",
@@ -57,6 +60,7 @@ __all__ = [
     "Parameter",
     "Predictor",
     "ReLU",
+    "ReLU6",
     "Residual",
     "Sequential",
     "SiLU",

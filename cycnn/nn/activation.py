@@ -108,6 +108,55 @@ class LeakyReLU(_Activation):
         return f"negative_slope={self.negative_slope}"
 
 
+class Hardtanh(_Activation):
+    """y = x from min_val to max_val, min_val below, max_val above; of any shape.
+
+    NaN stays NaN.
+
+    Parameters
+    ----------
+    min_val, max_val : float
+        min_val < max_val. Infinity leaves its side open.
+    """
+
+    def __init__(self, min_val=-1.0, max_val=1.0):
+        kind = type(self).__name__
+        check_real(min_val, kind, "min_val")
+        check_real(max_val, kind, "max_val")
+        if not min_val < max_val:
+            raise ValueError(
+                f"{kind}: min_val must be less than max_val, got {min_val} and "
+                f"{max_val}"
+            )
+        self.min_val, self.max_val = float(min_val), float(max_val)
+
+    def forward(self, x):
+        self._saved = x = as_input(self, x)
+        return for_device(x.device).hardtanh_forward(x, self.min_val, self.max_val)
+
+    def backward(self, dy, input_grad=True, accumulate=False):
+        """dx = dy where min_val < x < max_val, else 0: the slopes of the three lines.
+
+        At the two ends, where there is no derivative, 0 is taken, and dy at NaN.
+        """
+        return self._gradient(
+            "hardtanh_backward", dy, input_grad, self.min_val, self.max_val
+        )
+
+    def _settings(self):
+        return f"min_val={self.min_val}, max_val={self.max_val}"
+
+
+class ReLU6(Hardtanh):
+    """y = min(max(x, 0), 6), of any shape: ReLU that is cut off at 6."""
+
+    def __init__(self):
+        super().__init__(0.0, 6.0)
+
+    def _settings(self):
+        return ""
+
+
 class GELU(_Activation):
     """y = x Phi(x), with Phi the distribution function of the normal distribution.
 

@@ -111,7 +111,9 @@ def _conv_run(layers):
         if type(following) is not kind:
             continue
         if kind is MaxPool2d and (
-            following.stride != following.kernel_size or following.padding != (0, 0)
+            following.stride != following.kernel_size
+            or following.padding != (0, 0)
+            or following.ceil_mode
         ):
             continue
         parts.append(following)

@@ -7,6 +7,7 @@ import math
 from .. import shapes
 from .activation import (
     GELU,
+    Hardtanh,
     LeakyReLU,
     LogSoftmax,
     ReLU,
@@ -54,7 +55,7 @@ def _conv2d(layer, shape):
 
 
 def _pool2d(layer, shape):
-    settings = layer.kernel_size, layer.stride, layer.padding
+    settings = layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode
     return shapes.pool2d_output_shape(shape, *settings)
 
 
@@ -107,7 +108,9 @@ _SHAPES = {
     LogSoftmax: lambda layer, shape: shapes.check_scores("x", shape),
     BatchNorm2d: _batch_norm2d,
     LayerNorm: _layer_norm,
-    **dict.fromkeys((Dropout, GELU, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh), _same),
+    **dict.fromkeys(
+        (Dropout, GELU, Hardtanh, LeakyReLU, ReLU, Sigmoid, SiLU, Tanh), _same
+    ),
     Sequential: _sequential,
     Residual: _residual,
     Concat: _concat,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ShapeError
 from ..ops import for_device
+from ..shapes import check_pool_padding
 from .arguments import flag, pair_from
 from .layer import Layer, as_gradient, as_input
 
@@ -11,17 +12,13 @@ from .layer import Layer, as_gradient, as_input
 class _Pool2d(Layer):
     """The windows of a pooling layer."""
 
-    def __init__(self, kernel_size, stride=None, padding=0):
+    def __init__(self, kernel_size, stride=None, padding=0, *, ceil_mode=False):
         what = type(self).__name__
         self.kernel_size = pair_from(1, kernel_size, what, "kernel_size")
         stride = self.kernel_size if stride is None else stride
         self.stride = pair_from(1, stride, what, "stride")
-        self.padding = pair_from(0, padding, what, "padding")
-        if any(2 * p > k for p, k in zip(self.padding, self.kernel_size)):
-            raise ShapeError(
-                f"{what}: padding={self.padding} is more than half of "
-                f"kernel_size={self.kernel_size}: some windows would see no number"
-            )
+        self.padding = _padding(padding, what, self.kernel_size)
+        self.ceil_mode = flag(ceil_mode, what, "ceil_mode")
 
     def _settings(self):
         text = f"kernel_size={self.kernel_size}"
@@ -29,7 +26,23 @@ class _Pool2d(Layer):
             text += f", stride={self.stride}"
         if self.padding != (0, 0):
             text += f", padding={self.padding}"
-        return text
+        return text + ", ceil_mode=True" * self.ceil_mode
+
+
+def _padding(value, layer, kernel_size) -> tuple:
+    """(height, width), or (top, left, bottom, right) where that says more."""
+    if hasattr(value, "__len__") and len(value) == 4:
+        ends = value[:2], value[2:]
+        before, after = (pair_from(0, end, layer, "padding") for end in ends)
+        halves = all(2 * pad <= k for pad, k in zip(before, kernel_size))
+        padding = before if before == after and halves else before + after
+    else:
+        padding = pair_from(0, value, layer, "padding")
+    try:
+        check_pool_padding(kernel_size, padding)
+    except ShapeError as error:
+        raise ShapeError(f"{layer}: {error}") from None
+    return padding
 
 
 class MaxPool2d(_Pool2d):
@@ -41,14 +54,19 @@ class MaxPool2d(_Pool2d):
         R and S.
     stride : None, int or (int, int)
         Step between windows; None is the size of the window.
-    padding : int or (int, int)
+    padding : int, (int, int) or (int, int, int, int)
         Rows and columns that count as minus infinity on each side; at most half the
-        window, so that every window sees a number.
+        window, so that every window sees a number. Four numbers are top, left, bottom
+        and right, each less than the window.
+    ceil_mode : bool
+        Whether there is one more window, which reaches over the end of the padding,
+        where windows do not end there.
 
     Notes
     -----
     Shapes: (N, C, H, W) -> (N, C, P, Q) with
-    P = floor((H + 2 padding - R) / stride) + 1, Q likewise.
+    P = floor((H + 2 padding - R) / stride) + 1, Q likewise. With ceil_mode it is
+    rounded up, but no window begins behind the image.
 
     Formula: y[n,c,p,q] = max over r < R, t < S of x[n, c, s p + r, s q + t]. Of equal
     numbers the first in reading order is the maximum, and a NaN is larger than any
@@ -59,7 +77,7 @@ class MaxPool2d(_Pool2d):
         x = as_input(self, x)
         try:
             y, positions = for_device(x.device).maxpool2d_forward(
-                x, self.kernel_size, self.stride, self.padding
+                x, self.kernel_size, self.stride, self.padding, self.ceil_mode
             )
         except ShapeError as error:
             raise ShapeError(f"{self!r}: {error}") from None
@@ -86,6 +104,7 @@ class MaxPool2d(_Pool2d):
                 self.kernel_size,
                 self.stride,
                 self.padding,
+                self.ceil_mode,
             )
         self._saved = None
         return dx
@@ -100,8 +119,12 @@ class AvgPool2d(_Pool2d):
         R and S.
     stride : None, int or (int, int)
         Step between windows; None is the size of the window.
-    padding : int or (int, int)
-        Rows and columns of zeros on each side; at most half the window.
+    padding : int, (int, int) or (int, int, int, int)
+        Rows and columns of zeros on each side; at most half the window. Four numbers
+        are top, left, bottom and right, each less than the window.
+    ceil_mode : bool
+        Whether there is one more window, which reaches over the end of the padding,
+        where windows do not end there.
     count_include_pad : bool
         Whether the zeros of the padding count in the mean. If not, a window at the edge
         is the mean of the numbers of the image that it sees.
@@ -109,14 +132,24 @@ class AvgPool2d(_Pool2d):
     Notes
     -----
     Shapes: (N, C, H, W) -> (N, C, P, Q) with
-    P = floor((H + 2 padding - R) / stride) + 1, Q likewise.
+    P = floor((H + 2 padding - R) / stride) + 1, Q likewise. With ceil_mode it is
+    rounded up, but no window begins behind the image.
 
     Formula: y[n,c,p,q] = (sum over r < R, t < S of x[n, c, s p + r, s q + t]) / count,
-    where count = R S, or the number of terms that are not padding.
+    where count = R S, less what reaches over the end of the padding, or the number of
+    terms that are not padding.
     """
 
-    def __init__(self, kernel_size, stride=None, padding=0, *, count_include_pad=True):
-        super().__init__(kernel_size, stride, padding)
+    def __init__(
+        self,
+        kernel_size,
+        stride=None,
+        padding=0,
+        *,
+        ceil_mode=False,
+        count_include_pad=True,
+    ):
+        super().__init__(kernel_size, stride, padding, ceil_mode=ceil_mode)
         what = type(self).__name__
         self.count_include_pad = flag(count_include_pad, what, "count_include_pad")
 
@@ -124,7 +157,12 @@ class AvgPool2d(_Pool2d):
         x = as_input(self, x)
         try:
             y = for_device(x.device).avgpool2d_forward(
-                x, self.kernel_size, self.stride, self.padding, self.count_include_pad
+                x,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.count_include_pad,
+                self.ceil_mode,
             )
         except ShapeError as error:
             raise ShapeError(f"{self!r}: {error}") from None
@@ -146,6 +184,7 @@ class AvgPool2d(_Pool2d):
                 self.stride,
                 self.padding,
                 self.count_include_pad,
+                self.ceil_mode,
             )
         self._saved = None
         return dx

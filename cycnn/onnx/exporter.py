@@ -7,7 +7,7 @@ import operator
 
 import numpy as np
 
-from .. import __version__, nn
+from .. import __version__, nn, shapes
 from ..errors import ShapeError
 from ..nn.output_shape import output_shape
 from ..nn.weights import replace_file
@@ -109,6 +109,8 @@ class _Writer:
     nodes : list of NodeProto
     constants : dict of str to ndarray
         Inputs of nodes that are no weights.
+    shape : tuple
+        Of the input of the layer that is being written, with 1 for N.
     """
 
     def __init__(self, helper, opset):
@@ -154,7 +156,7 @@ class _Writer:
         if _computes_as(layer, nn.Residual) or _computes_as(layer, nn.Concat):
             return self.block(layer, prefix, current, shape)
         write = _written(prefix, layer)
-        after = self.shape_after(layer, prefix, shape)
+        after, self.shape = self.shape_after(layer, prefix, shape), shape
         return write(self, layer, prefix, current), after
 
     def block(self, layer, prefix, current, shape) -> tuple:
@@ -216,12 +218,39 @@ def _one(name, attributes=lambda layer: {}):
 
 
 def _window(layer) -> dict:
-    top, left = layer.padding
     return {
         "kernel_shape": layer.kernel_size,
         "strides": layer.stride,
-        "pads": (top, left, top, left),
+        "pads": (*layer.padding[:2], *layer.padding[-2:]),
     }
+
+
+def _pool2d(name, attributes=lambda layer: {}):
+    """A pooling; ceil_mode is written where the output has a window more by it."""
+
+    def write(writer, layer, prefix, current):
+        settings = {**_window(layer), **attributes(layer)}
+        ends = zip(layer.padding[:2], layer.padding[-2:])
+        axes = [
+            (*axis, *pads)
+            for *axis, pads in zip(
+                writer.shape[2:], layer.kernel_size, layer.stride, ends
+            )
+        ]
+        counts = [shapes.pooled_size(*axis, layer.ceil_mode) for axis in axes]
+        if counts != [shapes.pooled_size(*axis, False) for axis in axes]:
+            settings["ceil_mode"] = 1
+            for count, (size, window, step, *pads) in zip(counts, axes):
+                room = size + sum(pads) - window
+                if writer.opset < 22 and count != shapes.ceil_div(room, step) + 1:
+                    raise ValueError(
+                        f"{_named(prefix, layer)} needs opset 22 for images of "
+                        f"{writer.shape[2:]}, opset is {writer.opset}: before it "
+                        f"ceil_mode has windows that begin behind the image"
+                    )
+        return writer.node(name, [current], prefix, **settings)
+
+    return write
 
 
 def _zero_pad2d(writer, layer, prefix, current):
@@ -273,6 +302,16 @@ def _layer_norm(writer, layer, prefix, current):
     return writer.node("LayerNormalization", inputs, prefix, **settings)
 
 
+def _hardtanh(writer, layer, prefix, current):
+    inputs, most = [current], float(np.finfo(np.float32).max)
+    for name, end in (("min", layer.min_val), ("max", layer.max_val)):
+        if abs(end) > most:  # no end: the input is left out
+            inputs.append("")
+        else:
+            inputs.append(writer.constant(prefix, name, np.float32(end)))
+    return writer.node("Clip", inputs, prefix)
+
+
 def _silu(writer, layer, prefix, current):
     gate = writer.node("Sigmoid", [current], prefix, "sigmoid")
     return writer.node("Mul", [current, gate], prefix)
@@ -320,10 +359,9 @@ _LAYERS = {
     ),
     nn.ZeroPad2d: _zero_pad2d,
     nn.Linear: _one("Gemm", lambda x: {"transB": 1}),
-    nn.MaxPool2d: _one("MaxPool", _window),
-    nn.AvgPool2d: _one(
-        "AveragePool",
-        lambda x: {**_window(x), "count_include_pad": int(x.count_include_pad)},
+    nn.MaxPool2d: _pool2d("MaxPool"),
+    nn.AvgPool2d: _pool2d(
+        "AveragePool", lambda x: {"count_include_pad": int(x.count_include_pad)}
     ),
     nn.AdaptiveAvgPool2d: _one("GlobalAveragePool"),
     nn.BatchNorm2d: _batch_norm2d,
@@ -331,6 +369,7 @@ _LAYERS = {
     nn.Dropout: _dropout,
     nn.ReLU: _one("Relu"),
     nn.LeakyReLU: _one("LeakyRelu", lambda x: {"alpha": x.negative_slope}),
+    nn.Hardtanh: _hardtanh,
     nn.Sigmoid: _one("Sigmoid"),
     nn.Tanh: _one("Tanh"),
     nn.GELU: _gelu,

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from .. import nn
+from .. import nn, shapes
 from ..errors import DataError
 from ..nn.output_shape import output_shape
 from ..ops import reference
@@ -60,14 +60,13 @@ def load(source) -> nn.Sequential:
     - BatchNormalization of images, and behind Gemm or MatMul, with whose weights it is
       merged;
     - GELU and SiLU where they are written in simpler operators, such as Erf;
-    - Clip from 0 on, which is Relu;
+    - Clip, which is ReLU, ReLU6 or Hardtanh;
     - Identity, Constant, and Dropout, which does nothing in a network that is used;
     - what rearranges a few constants, such as those of a Pad that PyTorch exported.
 
-    Padding that is not the same on both sides, such as that of auto_pad, is read where
-    the same on both sides gives the same output; for Conv and ConvTranspose also by
-    zeros on one side of the filter; and by a ZeroPad2d for AveragePool if
-    count_include_pad is set, for MaxPool behind Relu or Sigmoid.
+    Padding that is not the same on both sides, such as that of auto_pad, becomes the
+    same on both sides where that gives the same output. Else Conv and ConvTranspose
+    make up for it by zeros on one side of the filter.
     """
     onnx = onnx_package()
     from google.protobuf.message import DecodeError
@@ -793,14 +792,31 @@ class _Reader:
             raise node.refused(f"auto_pad is {auto!r}")
         return stride, dilation, pads, more, auto
 
-    def _windows(self, node, kernel, ceil_mode=False) -> tuple:
+    def _image(self) -> tuple:
+        """Height and width of ``current``, or None for each."""
+        known = self.shape and len(self.shape) == 4
+        return self.shape[2:] if known else (None, None)
+
+    def _windows(self, node, kernel) -> tuple:
         """Stride, dilation and, for height and width, padding (before, after).
 
         The two are equal where that gives the same output.
         """
+        stride, dilation, found = self._padding(node, kernel)
+        sizes = zip(self._image(), kernel, stride, dilation)
+        for axis, (size, filter_, step, spread) in enumerate(sizes):
+            if size is None:
+                continue
+            before, after = found[axis]
+            room = size + before - spread * (filter_ - 1) - 1
+            if (room + before) // step == (room + after) // step:
+                found[axis] = before, before
+        return stride, dilation, found
+
+    def _padding(self, node, kernel) -> tuple:
+        """The same, as the node has it."""
         stride, dilation, pads, _, auto = self._geometry(node, kernel)
-        image = self.shape[2:] if self.shape and len(self.shape) == 4 else (None, None)
-        found = []
+        image, found = self._image(), []
         for axis, (step, size) in enumerate(zip(stride, image)):
             reach = dilation[axis] * (kernel[axis] - 1) + 1
             before, after = pads[axis], pads[2 + axis]
@@ -817,61 +833,60 @@ class _Reader:
                 before, after = total // 2, total - total // 2
                 if auto == "SAME_LOWER":
                     before, after = after, before
-            if ceil_mode:
-                after += step - 1
-                if size is not None:  # no window begins behind the image
-                    last = (size + before - 1) // step * step
-                    after = min(after, last + reach - size - before)
-            if size is not None:
-                room = size + before - reach
-                if (room + before) // step == (room + after) // step:
-                    after = before
             found.append((before, after))
         return stride, dilation, found
 
     def _max_pool(self, node):
-        kernel = node("kernel_shape")
-        stride, _, pads = self._pool_windows(node, kernel)
-        uneven = any(before != after for before, after in pads)
-        # Where no number is below zero, zeros are as good as minus infinity.
-        if uneven and min(map(min, pads)) >= 0 and _not_negative(self.layers):
-            pads = self._zeros_around(pads)
-        padding = self._even(node, pads)
-        self.layers.append(nn.MaxPool2d(kernel, stride, padding))
+        kernel, settings, ceil_mode = self._pool_windows(node)
+        self.layers.append(nn.MaxPool2d(kernel, *settings, ceil_mode=ceil_mode))
 
     def _average_pool(self, node):
-        kernel, counts = node("kernel_shape"), bool(node("count_include_pad", 0))
-        stride, _, pads = self._pool_windows(node, kernel)
+        counts = bool(node("count_include_pad", 0))
+        kernel, (stride, pads), ceil_mode = self._pool_windows(node)
         same = node("auto_pad", b"").startswith(b"SAME")
         if same and any(step > size for step, size in zip(stride, kernel)):
             raise node.refused(
                 "auto_pad with strides larger than the window is not supported: "
                 "programs differ in which numbers it leaves out"
             )
-        # what only ceil_mode adds does not count
-        if counts and node("ceil_mode", 0) and pads != self._windows(node, kernel)[2]:
-            raise node.refused(
-                "ceil_mode adds windows, which is not supported with count_include_pad"
-            )
-        uneven = any(before != after for before, after in pads)
-        if counts and (uneven or any(2 * p[0] > k for p, k in zip(pads, kernel))):
-            pads = self._zeros_around(pads)
-        padding = self._even(node, pads)
-        self.layers.append(
-            nn.AvgPool2d(kernel, stride, padding, count_include_pad=counts)
-        )
+        # windows of padding alone, whose mean is 0
+        if counts and not ceil_mode and any(p >= k for p, k in zip(pads, 2 * kernel)):
+            top, left, bottom, right = pads
+            self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
+            pads = 0
+        how = {"ceil_mode": ceil_mode, "count_include_pad": counts}
+        self.layers.append(nn.AvgPool2d(kernel, stride, pads, **how))
 
-    def _pool_windows(self, node, kernel) -> tuple:
-        found = self._windows(node, kernel, node("ceil_mode", 0))
-        if set(found[1]) != {1}:
+    def _pool_windows(self, node) -> tuple:
+        """Window, (stride, padding), and whether their number is rounded up.
+
+        It is not, and padding is the same on both sides, where that gives the same
+        output: such layers may be fused.
+        """
+        kernel, ceil_mode = list(node("kernel_shape")), bool(node("ceil_mode", 0))
+        stride, dilation, pads = self._padding(node, kernel)
+        if set(dilation) != {1}:
             raise node.refused("only dilations of 1 are supported")
-        return found
+        sizes, auto = list(zip(self._image(), kernel, stride)), node("auto_pad", b"")
+        known = sizes[0][0] is not None
 
-    def _zeros_around(self, pads) -> list:
-        """Let a layer of its own pad; returns what is left for the next one."""
+        def number(pads, ceil_mode):
+            return [shapes.pooled_size(*s, *p, ceil_mode) for s, p in zip(sizes, pads)]
+
+        if max(stride) == 1 or known and number(pads, True) == number(pads, False):
+            ceil_mode = False
+        if ceil_mode and auto == b"VALID":
+            raise node.refused(
+                "auto_pad=VALID with ceil_mode is not supported: programs differ in "
+                "whether a last window reaches over the edge"
+            )
+        if known and not ceil_mode:
+            for axis, (before, _) in enumerate(pads):
+                even = [*pads[:axis], (before, before), *pads[axis + 1 :]]
+                if number(even, False) == number(pads, False):
+                    pads = even
         (top, bottom), (left, right) = pads
-        self.layers.append(nn.ZeroPad2d((left, right, top, bottom)))
-        return [(0, 0), (0, 0)]
+        return kernel, (stride, (top, left, bottom, right)), ceil_mode
 
     def _global_average(self, node):
         """The mean of the last two axes of images."""
@@ -887,14 +902,6 @@ class _Reader:
         self.layers.append(nn.AdaptiveAvgPool2d(1))
         if not node("keepdims", 1):
             self.layers.append(nn.Flatten())
-
-    def _even(self, node, pads) -> list:
-        if any(before != after for before, after in pads):
-            raise node.refused(
-                f"its padding on the two sides, {pads} with what auto_pad or ceil_mode "
-                f"add, must be the same or give the same"
-            )
-        return [before for before, _ in pads]
 
     # the others
 
@@ -933,14 +940,15 @@ class _Reader:
                 given = self._weight(node, 1 + i, optional=True)
                 ends[i] = (-math.inf, math.inf)[i] if given is None else given.item()
         most = float(np.finfo(np.float32).max)
-        low, high = ends
-        if high < most or low != 0 and low > -most:
-            raise node.refused(
-                f"from {low} to {high}: only 0 without an upper end, which is Relu, is "
-                f"supported"
-            )
-        if low == 0:
+        low, high = map(_decimal, ends)
+        low = -math.inf if low <= -most else low
+        high = math.inf if high >= most else high
+        if (low, high) == (0, math.inf):
             self.layers.append(nn.ReLU())
+        elif (low, high) == (0, 6):
+            self.layers.append(nn.ReLU6())
+        elif (low, high) != (-math.inf, math.inf):
+            self.layers.append(nn.Hardtanh(low, high))
 
     def _part_of_activation(self, node):
         raise node.refused("is supported as a part of GELU or SiLU only")
@@ -1048,20 +1056,6 @@ _OF_IMAGES = (
     nn.MaxPool2d, nn.ZeroPad2d,
 )  # fmt: skip
 _OF_ROWS = nn.Flatten, nn.Linear, nn.LogSoftmax, nn.Softmax
-
-
-def _not_negative(layers) -> bool:
-    """Whether the output of layers is 0 or more, whatever their input is."""
-    for layer in reversed(list(layers)):
-        if isinstance(layer, (nn.ReLU, nn.Sigmoid)):
-            return True
-        if isinstance(layer, nn.Concat):
-            return all(map(_not_negative, layer))
-        if isinstance(layer, nn.Sequential):
-            return _not_negative(layer)
-        if not isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d, nn.ZeroPad2d)):
-            return False
-    return False
 
 
 def _decimal(number) -> float:

@@ -577,7 +577,7 @@ cdef pool_t _pool(x_shape, y_shape, kernel_size, stride, padding):
     g.p, g.q = y_shape[2:]
     g.window_h, g.window_w = kernel_size
     g.stride_h, g.stride_w = stride
-    g.pad_h, g.pad_w = padding
+    g.pad_h, g.pad_w = padding[:2]
     return g
 
 

@@ -162,6 +162,47 @@ def gelu_gradient(const float[::1] dy, const float[::1] x, float[::1] dx, bint b
     _map_slope(dy, x, dx, gelu_tanh_slope if by_tanh else gelu_slope, 0)
 
 
+# Of two settings. The gradient is chosen: infinity times a slope of 0 would be NaN.
+
+
+cdef void hardtanh_piece(
+    const float *x, float *y, idx first, idx end, float low, float high
+) noexcept nogil:
+    cdef idx j
+    for j in range(first, end):
+        # written so that NaN stays NaN
+        y[j] = low if x[j] < low else (high if x[j] > high else x[j])
+
+
+cdef void hardtanh_gradient_piece(
+    const float *dy, const float *x, float *dx, idx first, idx end, float low,
+    float high,
+) noexcept nogil:
+    cdef idx j
+    for j in range(first, end):
+        dx[j] = <float>0 if x[j] <= low or x[j] >= high else dy[j]
+
+
+def hardtanh(const float[::1] x, float[::1] y, float low, float high):
+    cdef idx i, n = x.shape[0]
+    for i in prange(
+        pieces(n), nogil=True, schedule="static", use_threads_if=n >= FORK
+    ):
+        hardtanh_piece(&x[0], &y[0], i * PIECE, end_of(n, i), low, high)
+
+
+def hardtanh_gradient(
+    const float[::1] dy, const float[::1] x, float[::1] dx, float low, float high
+):
+    cdef idx i, n = x.shape[0]
+    for i in prange(
+        pieces(n), nogil=True, schedule="static", use_threads_if=n >= FORK
+    ):
+        hardtanh_gradient_piece(
+            &dy[0], &x[0], &dx[0], i * PIECE, end_of(n, i), low, high
+        )
+
+
 # softmax
 
 

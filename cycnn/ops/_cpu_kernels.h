@@ -294,13 +294,13 @@ static void pool_2x2(const pool_t *g, const float *RESTRICT x, float *RESTRICT y
 static void pool_plane(const pool_t *g, const float *x, float *y, int32_t *positions)
 {
     if (g->window_h == 2 && g->window_w == 2 && g->stride_h == 2 && g->stride_w == 2 &&
-        !g->pad_h && !g->pad_w) {
+        !g->pad_h && !g->pad_w && 2 * g->p <= g->h && 2 * g->q <= g->w) {
         pool_2x2(g, x, y, positions);
         return;
     }
     for (idx p = 0; p < g->p; ++p)
         for (idx q = 0; q < g->q; ++q) {
-            /* padding is at most half a window, so some of it lies on the plane */
+            /* padding is less than a window, so some of it lies on the plane */
             const idx top = p * g->stride_h - g->pad_h;
             const idx left = q * g->stride_w - g->pad_w;
             const idx h0 = top < 0 ? 0 : top, w0 = left < 0 ? 0 : left;

@@ -14,6 +14,7 @@ cdef enum:
 
 ctypedef struct pool_t:
     idx h, w, p, q, window_h, window_w, stride_h, stride_w, pad_h, pad_w
+    idx end_h, end_w  # of the padding
     bint include_pad
 
 
@@ -23,9 +24,21 @@ cdef pool_t geometry(x_shape, y_shape, kernel_size, stride, padding, bint includ
     g.p, g.q = y_shape[2:]
     g.window_h, g.window_w = kernel_size
     g.stride_h, g.stride_w = stride
-    g.pad_h, g.pad_w = padding
+    g.pad_h, g.pad_w = padding[:2]
+    *_, below, right = padding
+    g.end_h, g.end_w = g.h + below, g.w + right
     g.include_pad = include_pad
     return g
+
+
+cdef inline idx divisor(
+    const pool_t *g, idx p, idx q, idx rows, idx columns
+) noexcept nogil:
+    """Of window (p, q), which sees so many rows and columns of the plane."""
+    if g.include_pad:
+        rows = min(g.window_h, g.end_h - (p * g.stride_h - g.pad_h))
+        columns = min(g.window_w, g.end_w - (q * g.stride_w - g.pad_w))
+    return rows * columns
 
 
 cdef void avgpool_plane(const pool_t *g, const float *x, float *y) noexcept nogil:
@@ -41,9 +54,7 @@ cdef void avgpool_plane(const pool_t *g, const float *x, float *y) noexcept nogi
             for h in range(top, bottom):
                 for w in range(left, right):
                     total += x[h * g.w + w]
-            count = (bottom - top) * (right - left)
-            if g.include_pad:
-                count = g.window_h * g.window_w
+            count = divisor(g, p, q, bottom - top, right - left)
             y[p * g.q + q] = <float>(total / count)
 
 
@@ -60,9 +71,7 @@ cdef void avgpool_plane_gradient(
         for q in range(g.q):
             left = max(q * g.stride_w - g.pad_w, 0)
             right = min(q * g.stride_w - g.pad_w + g.window_w, g.w)
-            count = (bottom - top) * (right - left)
-            if g.include_pad:
-                count = g.window_h * g.window_w
+            count = divisor(g, p, q, bottom - top, right - left)
             share = dy[p * g.q + q] / <float>count
             for h in range(top, bottom):
                 for w in range(left, right):

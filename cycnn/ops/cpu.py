@@ -17,6 +17,8 @@ from . import reference
 from .cpu_activation import (  # noqa: F401
     gelu_backward,
     gelu_forward,
+    hardtanh_backward,
+    hardtanh_forward,
     leaky_relu_backward,
     leaky_relu_forward,
     silu_backward,
@@ -238,10 +240,14 @@ def conv2d_backward(
     return from_array(dx)
 
 
-def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
+def maxpool2d_forward(
+    x, kernel_size, stride, padding=(0, 0), ceil_mode=False
+):
     """y and int32 positions (N, C, P, Q) of the maximum of each window of x."""
     x = _array("x", x)
-    shape = shapes.pool2d_output_shape(x.shape, kernel_size, stride, padding)
+    shape = shapes.pool2d_output_shape(
+        x.shape, kernel_size, stride, padding, ceil_mode
+    )
     y, positions = _cpu.empty(shape, _FLOAT32), _cpu.empty(shape, _INT32)
     if y.size:
         _cpu.maxpool2d(
@@ -257,11 +263,13 @@ def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
     return from_array(y), from_array(positions)
 
 
-def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 0)):
+def maxpool2d_backward(
+    dy, positions, x_shape, kernel_size, stride, padding=(0, 0), ceil_mode=False
+):
     """dx of shape ``x_shape``: each dy goes to the maximum of its window."""
     dy, positions = _array("dy", dy), _array("positions", positions, _INT32)
     shapes.check_maxpool2d_backward(
-        dy.shape, positions.shape, x_shape, kernel_size, stride, padding
+        dy.shape, positions.shape, x_shape, kernel_size, stride, padding, ceil_mode
     )
     dx = _cpu.empty(x_shape, _FLOAT32)
     if dx.size:

@@ -28,6 +28,16 @@ def leaky_relu_backward(dy, x, negative_slope):
     return _map_backward(_loops.leaky_relu_gradient, dy, "x", x, negative_slope)
 
 
+def hardtanh_forward(x, min_val, max_val):
+    """y = x between min_val and max_val, and the nearer of them elsewhere."""
+    return _map(_loops.hardtanh, x, min_val, max_val)
+
+
+def hardtanh_backward(dy, x, min_val, max_val):
+    """dx = 0 where x <= min_val or x >= max_val, else dy."""
+    return _map_backward(_loops.hardtanh_gradient, dy, "x", x, min_val, max_val)
+
+
 def gelu_forward(x, approximate):
     """y = x Phi(x); approximate is "none" or "tanh"."""
     return _map(_loops.gelu, x, approximate == "tanh")

@@ -10,10 +10,19 @@ from .cpu_common import _FLOAT32, _array, _cpu, _flat
 from . import _cpu_pooling as _loops  # isort: skip
 
 
-def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=True):
+def avgpool2d_forward(
+    x,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    count_include_pad=True,
+    ceil_mode=False,
+):
     """y (N, C, P, Q): the mean of each window of x."""
     x = _array("x", x)
-    shape = shapes.pool2d_output_shape(x.shape, kernel_size, stride, padding)
+    shape = shapes.pool2d_output_shape(
+        x.shape, kernel_size, stride, padding, ceil_mode
+    )
     y = _cpu.empty(shape, _FLOAT32)
     if y.size:
         how = x.shape, shape, kernel_size, stride, padding, count_include_pad
@@ -22,11 +31,19 @@ def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=
 
 
 def avgpool2d_backward(
-    dy, x_shape, kernel_size, stride, padding=(0, 0), count_include_pad=True
+    dy,
+    x_shape,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    count_include_pad=True,
+    ceil_mode=False,
 ):
     """dx of shape ``x_shape``: each dy is shared by the elements of its window."""
     dy = _array("dy", dy)
-    shapes.check_avgpool2d_backward(dy.shape, x_shape, kernel_size, stride, padding)
+    shapes.check_avgpool2d_backward(
+        dy.shape, x_shape, kernel_size, stride, padding, ceil_mode
+    )
     dx = _cpu.empty(x_shape, _FLOAT32)
     if dx.size:
         how = x_shape, dy.shape, kernel_size, stride, padding, count_include_pad

@@ -23,6 +23,8 @@ from ..tensor import empty_on_gpu
 from .cuda_activation import (  # noqa: F401
     gelu_backward,
     gelu_forward,
+    hardtanh_backward,
+    hardtanh_forward,
     leaky_relu_backward,
     leaky_relu_forward,
     silu_backward,
@@ -650,9 +652,11 @@ _pool_shape = lru_cache(256)(shapes.pool2d_output_shape)
 _check_pool = lru_cache(256)(shapes.check_maxpool2d_backward)
 
 
-def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
+def maxpool2d_forward(
+    x, kernel_size, stride, padding=(0, 0), ceil_mode=False
+):
     x_shape = x.shape
-    y_shape = _pool_shape(x_shape, kernel_size, stride, padding)
+    y_shape = _pool_shape(x_shape, kernel_size, stride, padding, ceil_mode)
     device = x.device
     y = empty_on_gpu(y_shape, _FLOAT32, device)
     positions = empty_on_gpu(y_shape, _INT32, device)
@@ -660,14 +664,18 @@ def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
     if n and c:
         _maxpool2d_forward(
             _get(device.index).compute, _images(n, c * p * q), _BLOCK, y, positions, x,
-            n, c, x_shape[2], x_shape[3], p, q, *kernel_size, *stride, *padding,
+            n, c, x_shape[2], x_shape[3], p, q, *kernel_size, *stride, *padding[:2],
         )  # fmt: skip
     return y, positions
 
 
-def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 0)):
+def maxpool2d_backward(
+    dy, positions, x_shape, kernel_size, stride, padding=(0, 0), ceil_mode=False
+):
     y_shape = dy.shape
-    _check_pool(y_shape, positions.shape, x_shape, kernel_size, stride, padding)
+    _check_pool(
+        y_shape, positions.shape, x_shape, kernel_size, stride, padding, ceil_mode
+    )
     _int32("positions", positions)
     device = dy.device
     dx = empty_on_gpu(x_shape, _FLOAT32, device)
@@ -676,7 +684,7 @@ def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 
         _maxpool2d_backward(
             _get(device.index).compute, _images(n, c * h * w), _BLOCK, dx, dy,
             positions, n, c, h, w, y_shape[2], y_shape[3], *kernel_size, *stride,
-            *padding,
+            *padding[:2],
         )  # fmt: skip
     return dx
 

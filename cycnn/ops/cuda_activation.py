@@ -19,6 +19,8 @@ _tanh_forward = Kernel("activation", "tanh_forward", "PPq")
 _tanh_backward = Kernel("activation", "tanh_backward", "PPPq")
 _leaky_relu_forward = Kernel("activation", "leaky_relu_forward", "PPfq")
 _leaky_relu_backward = Kernel("activation", "leaky_relu_backward", "PPPfq")
+_hardtanh_forward = Kernel("activation", "hardtanh_forward", "PPffq")
+_hardtanh_backward = Kernel("activation", "hardtanh_backward", "PPPffq")
 _gelu_forward = {
     "none": Kernel("activation", "gelu_forward", "PPq"),
     "tanh": Kernel("activation", "gelu_tanh_forward", "PPq"),
@@ -55,6 +57,16 @@ def leaky_relu_backward(dy, x, negative_slope):
     if dy.shape != x.shape:
         shapes.check_same(x=x.shape, dy=dy.shape)
     return _map_backward(_leaky_relu_backward, dy, x, negative_slope)
+
+
+def hardtanh_forward(x, min_val, max_val):
+    return _map(_hardtanh_forward, x, min_val, max_val)
+
+
+def hardtanh_backward(dy, x, min_val, max_val):
+    if dy.shape != x.shape:
+        shapes.check_same(x=x.shape, dy=dy.shape)
+    return _map_backward(_hardtanh_backward, dy, x, min_val, max_val)
 
 
 def gelu_forward(x, approximate):

@@ -9,8 +9,8 @@ from ..gpu.launch import Kernel
 from ..tensor import empty_on_gpu
 from .cuda_common import _BLOCK, _FLOAT32, _WIDE, _get, _images, _of_rows
 
-_avgpool2d_forward = Kernel("avgpool", "avgpool2d_forward", "PPiiiiiiiiiiiii")
-_avgpool2d_backward = Kernel("avgpool", "avgpool2d_backward", "PPiiiiiiiiiiiii")
+_avgpool2d_forward = Kernel("avgpool", "avgpool2d_forward", "PPiiiiiiiiiiiiiii")
+_avgpool2d_backward = Kernel("avgpool", "avgpool2d_backward", "PPiiiiiiiiiiiiiii")
 _global_avgpool2d_forward = (
     Kernel("avgpool", "global_avgpool2d_forward_rows", "PPqi"),
     Kernel("avgpool", "global_avgpool2d_forward_wide", "PPqi"),
@@ -21,34 +21,47 @@ _pool_shape = lru_cache(256)(shapes.pool2d_output_shape)
 _check_pool = lru_cache(256)(shapes.check_avgpool2d_backward)
 
 
-def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=True):
+def avgpool2d_forward(
+    x,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    count_include_pad=True,
+    ceil_mode=False,
+):
     x_shape = x.shape
-    y_shape = _pool_shape(x_shape, kernel_size, stride, padding)
+    y_shape = _pool_shape(x_shape, kernel_size, stride, padding, ceil_mode)
     device = x.device
     y = empty_on_gpu(y_shape, _FLOAT32, device)
     n, c, p, q = y_shape
     if n and c:
         _avgpool2d_forward(
             _get(device.index).compute, _images(n, c * p * q), _BLOCK, y, x, n, c,
-            x_shape[2], x_shape[3], p, q, *kernel_size, *stride, *padding,
-            int(count_include_pad),
+            x_shape[2], x_shape[3], p, q, *kernel_size, *stride, *padding[:2],
+            *padding[-2:], int(count_include_pad),
         )  # fmt: skip
     return y
 
 
 def avgpool2d_backward(
-    dy, x_shape, kernel_size, stride, padding=(0, 0), count_include_pad=True
+    dy,
+    x_shape,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    count_include_pad=True,
+    ceil_mode=False,
 ):
     y_shape = dy.shape
-    _check_pool(y_shape, x_shape, kernel_size, stride, padding)
+    _check_pool(y_shape, x_shape, kernel_size, stride, padding, ceil_mode)
     device = dy.device
     dx = empty_on_gpu(x_shape, _FLOAT32, device)
     n, c, h, w = x_shape
     if n and c:
         _avgpool2d_backward(
             _get(device.index).compute, _images(n, c * h * w), _BLOCK, dx, dy, n, c, h,
-            w, y_shape[2], y_shape[3], *kernel_size, *stride, *padding,
-            int(count_include_pad),
+            w, y_shape[2], y_shape[3], *kernel_size, *stride, *padding[:2],
+            *padding[-2:], int(count_include_pad),
         )  # fmt: skip
     return dx
 

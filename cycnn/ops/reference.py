@@ -17,6 +17,8 @@ from ..errors import DataError
 from .reference_activation import (  # noqa: F401
     gelu_backward,
     gelu_forward,
+    hardtanh_backward,
+    hardtanh_forward,
     leaky_relu_backward,
     leaky_relu_forward,
     silu_backward,
@@ -345,7 +347,9 @@ def conv2d_backward(
 # pooling
 
 
-def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
+def maxpool2d_forward(
+    x, kernel_size, stride, padding=(0, 0), ceil_mode=False
+):
     """The maximum of each window, and where it lies.
 
     Padding counts as -inf and is never chosen. Of equal maxima the first in row-major
@@ -354,8 +358,11 @@ def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
     Parameters
     ----------
     x : (N, C, H, W)
-    kernel_size, stride, padding : (height, width)
-        Padding is at most half the window.
+    kernel_size, stride : (height, width)
+    padding : (height, width) or (top, left, bottom, right)
+        At most half the window, or on each side less than the window.
+    ceil_mode : bool
+        Whether a last window may reach over the end of the padding.
 
     Returns
     -------
@@ -363,7 +370,9 @@ def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
     positions : (N, C, P, Q) int32
         h W + w of the maximum in its plane of x.
     """
-    n, c, p, q = shapes.pool2d_output_shape(x.shape, kernel_size, stride, padding)
+    n, c, p, q = shapes.pool2d_output_shape(
+        x.shape, kernel_size, stride, padding, ceil_mode
+    )
     x = _f64(x)
     h, w = x.shape[2:]
     best = np.full((n, c, p, q), -np.inf)
@@ -383,7 +392,9 @@ def maxpool2d_forward(x, kernel_size, stride, padding=(0, 0)):
     return best, positions.astype(np.int32)
 
 
-def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 0)):
+def maxpool2d_backward(
+    dy, positions, x_shape, kernel_size, stride, padding=(0, 0), ceil_mode=False
+):
     """dx[n, c, h, w] = sum of dy[n, c, p, q] over windows with positions = h W + w.
 
     Near a point without ties y[p, q] = x[positions[p, q]], so each dy goes to the
@@ -396,7 +407,7 @@ def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 
     positions : (N, C, P, Q) int32
     x_shape : tuple
         (N, C, H, W).
-    kernel_size, stride, padding
+    kernel_size, stride, padding, ceil_mode
         As given to the forward.
 
     Returns
@@ -404,7 +415,7 @@ def maxpool2d_backward(dy, positions, x_shape, kernel_size, stride, padding=(0, 
     dx : (N, C, H, W)
     """
     shapes.check_maxpool2d_backward(
-        dy.shape, positions.shape, x_shape, kernel_size, stride, padding
+        dy.shape, positions.shape, x_shape, kernel_size, stride, padding, ceil_mode
     )
     n, c, h, w = x_shape
     dx = np.zeros((n * c, h * w))

@@ -42,6 +42,29 @@ def leaky_relu_backward(dy, x, negative_slope):
     return np.where(_f64(x) > 0, dy, negative_slope * dy)
 
 
+def hardtanh_forward(x, min_val, max_val):
+    """y = x, but min_val where x is below it and max_val where x is above. NaN stays.
+
+    Parameters
+    ----------
+    x : any shape
+    min_val, max_val : float
+        min_val < max_val. Either may be infinite.
+    """
+    x = _f64(x)
+    return np.where(x < min_val, min_val, np.where(x > max_val, max_val, x))
+
+
+def hardtanh_backward(dy, x, min_val, max_val):
+    """dx = 0 where x <= min_val or x >= max_val, else dy: the slopes of the lines.
+
+    At the ends, where there is no derivative, 0 is taken.
+    """
+    shapes.check_same(x=x.shape, dy=dy.shape)
+    x = _f64(x)
+    return np.where((x <= min_val) | (x >= max_val), 0.0, _f64(dy))
+
+
 def _sigmoid(x):
     """s = 1 / (1 + exp(-x)) and ds/dx = s (1 - s), of e = exp(-|x|), which is small.
 

@@ -8,46 +8,62 @@ from .. import shapes
 from .reference_common import _f64
 
 
-def _span(size, count, window, stride, padding):
-    """For each of ``count`` windows along an axis: the first element, and the end."""
-    start = np.arange(count) * stride - padding
-    return start.clip(0), (start + window).clip(max=size)
+def _span(size, count, window, stride, before, after, include_pad):
+    """For each of ``count`` windows along an axis: first element, end, and length.
+
+    The length is that of what counts: with or without the padding, but never what
+    reaches over its end.
+    """
+    start = np.arange(count) * stride - before
+    first, end = start.clip(0), (start + window).clip(max=size)
+    if include_pad:
+        return first, end, (start + window).clip(max=size + after) - start
+    return first, end, end - first
 
 
 def _windows(x_shape, y_shape, kernel_size, stride, padding, count_include_pad):
     """For each window (p, q): its slices of rows and columns, and its divisor."""
-    (top, bottom), (left, right) = (
-        _span(*each)
-        for each in zip(x_shape[2:], y_shape[2:], kernel_size, stride, padding)
+    sizes = x_shape[2:], y_shape[2:], kernel_size, stride, padding[:2], padding[-2:]
+    (top, bottom, height), (left, right, width) = (
+        _span(*each, count_include_pad) for each in zip(*sizes)
     )
     for p in range(y_shape[2]):
         for q in range(y_shape[3]):
             rows, columns = slice(top[p], bottom[p]), slice(left[q], right[q])
-            count = (bottom[p] - top[p]) * (right[q] - left[q])
-            if count_include_pad:
-                count = kernel_size[0] * kernel_size[1]
-            yield p, q, rows, columns, count
+            yield p, q, rows, columns, height[p] * width[q]
 
 
-def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=True):
+def avgpool2d_forward(
+    x,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    count_include_pad=True,
+    ceil_mode=False,
+):
     """The mean of each window.
 
     y[n, c, p, q] = 1 / count * sum_{r, s} x[n, c, p stride - padding + r, q ...], zeros
-    outside of x. count is R S, or, if not count_include_pad, the number of elements of
-    x in the window.
+    outside of x. count is R S, less what ceil_mode lets reach over the end of the
+    padding, or, if not count_include_pad, the number of elements of x in the window.
 
     Parameters
     ----------
     x : (N, C, H, W)
-    kernel_size, stride, padding : (height, width)
-        Padding is at most half the window.
+    kernel_size, stride : (height, width)
+    padding : (height, width) or (top, left, bottom, right)
+        At most half the window, or on each side less than the window.
     count_include_pad : bool
+    ceil_mode : bool
+        Whether a last window may reach over the end of the padding.
 
     Returns
     -------
     y : (N, C, P, Q)
     """
-    shape = shapes.pool2d_output_shape(x.shape, kernel_size, stride, padding)
+    shape = shapes.pool2d_output_shape(
+        x.shape, kernel_size, stride, padding, ceil_mode
+    )
     x = _f64(x)
     y = np.empty(shape)
     how = kernel_size, stride, padding, count_include_pad
@@ -57,7 +73,13 @@ def avgpool2d_forward(x, kernel_size, stride, padding=(0, 0), count_include_pad=
 
 
 def avgpool2d_backward(
-    dy, x_shape, kernel_size, stride, padding=(0, 0), count_include_pad=True
+    dy,
+    x_shape,
+    kernel_size,
+    stride,
+    padding=(0, 0),
+    count_include_pad=True,
+    ceil_mode=False,
 ):
     """dx[n, c, h, w] = sum of dy[n, c, p, q] / count(p, q) over windows with (h, w).
 
@@ -68,14 +90,16 @@ def avgpool2d_backward(
     dy : (N, C, P, Q)
     x_shape : tuple
         (N, C, H, W).
-    kernel_size, stride, padding, count_include_pad
+    kernel_size, stride, padding, count_include_pad, ceil_mode
         As given to the forward.
 
     Returns
     -------
     dx : (N, C, H, W)
     """
-    shapes.check_avgpool2d_backward(dy.shape, x_shape, kernel_size, stride, padding)
+    shapes.check_avgpool2d_backward(
+        dy.shape, x_shape, kernel_size, stride, padding, ceil_mode
+    )
     dy = _f64(dy)
     dx = np.zeros(x_shape)
     how = kernel_size, stride, padding, count_include_pad

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 from bounds import F32, SIZES, assert_close, assert_same_bits, on_gpu, poison
-from test_activation import ELEMENTWISE, LAYERS, functions, inputs
+from test_activation import (
+    ELEMENTWISE,
+    LAYERS,
+    ends_and_what_lies_near,
+    functions,
+    inputs,
+)
 
 import cycnn
 from cycnn import Tensor, nn
@@ -38,6 +44,18 @@ def test_elementwise(ops, case, size, offset):
     want = expected_backward(dy, seen.numpy())
     assert_close(backward(d, seen), want, 64 * F32 * (1 + np.abs(dy)))
     assert_same_bits(forward(a), y)
+
+
+@pytest.mark.parametrize(
+    "ends", ((-0.75, 1.5), (0.0, 6.0), (-np.inf, 0.5), (-1.0, np.inf)), ids=str
+)
+@pytest.mark.parametrize("size", (1, 5, 4099))
+def test_hardtanh_at_its_ends(ops, ends, size):
+    x, dy = ends_and_what_lies_near(*ends, size, seed=size)
+    y = ops.hardtanh_forward(on_gpu(x), *ends).numpy()
+    np.testing.assert_array_equal(y, reference.hardtanh_forward(x, *ends))
+    dx = ops.hardtanh_backward(on_gpu(dy), on_gpu(x), *ends).numpy()
+    np.testing.assert_array_equal(dx, reference.hardtanh_backward(dy, x, *ends))
 
 
 # a warp a row, partly filled; a block a row

@@ -40,6 +40,16 @@ CONVS = {
     "rest of a pool": ((4, 11, 11), (6, 3, 3), (1, 1), (0, 0), (2, 2), True),
     "many channels": ((130, 5, 5), (70, 3, 3), (1, 1), (1, 1), None, True),
 }
+# As in large networks: the batch, and the same.
+LARGE = {
+    "256 channels": (2, (256, 8, 8), (256, 3, 3), (1, 1), (1, 1), None, True),
+    "512 channels": (1, (512, 4, 4), (64, 3, 3), (1, 1), (1, 1), None, True),
+    "large images": (2, (64, 64, 64), (8, 3, 3), (1, 1), (1, 1), (2, 2), True),
+    "many images": (1024, (8, 8, 8), (8, 3, 3), (1, 1), (1, 1), (2, 2), True),
+    "many first images": (1024, (4, 8, 8), (8, 3, 3), (1, 1), (1, 1), None, True),
+    "7x7": (2, (64, 14, 14), (16, 7, 7), (1, 1), (3, 3), None, True),
+    "7x7, strided": (1, (20, 32, 32), (24, 7, 7), (2, 2), (3, 3), (2, 2), True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +146,12 @@ class Conv:
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_block(fused, precision, name, batch):
     check_conv_block(fused, precision, Conv(CONVS[name], batch))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_conv_block_of_large_networks(fused, precision, name):
+    batch, *spec = LARGE[name]
+    check_conv_block(fused, precision, Conv(spec, batch))
 
 
 @pytest.mark.parametrize("seed", range(16))

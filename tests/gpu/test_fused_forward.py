@@ -32,6 +32,14 @@ CONVOLUTIONS = [
     ((6, 33, 7, 5), (17, 2, 4), True, False, (2, 1), (1, 2), (1, 2)),
     ((2, 7, 30, 30), (9, 3, 3), True, True, (4, 2), (3, 3), (0, 0)),
     ((1, 130, 3, 3), (1, 3, 3), True, True, None, (1, 1), (0, 0)),
+    # deep inside of a large network, and at its beginning
+    ((2, 256, 8, 8), (256, 3, 3), True, True, None, (1, 1), (1, 1)),
+    ((1, 512, 4, 4), (64, 3, 3), True, True, None, (1, 1), (1, 1)),
+    ((2, 64, 64, 64), (8, 3, 3), True, True, (2, 2), (1, 1), (1, 1)),
+    ((2, 64, 14, 14), (16, 7, 7), True, True, None, (1, 1), (3, 3)),
+    ((1, 20, 32, 32), (24, 7, 7), True, True, (2, 2), (2, 2), (3, 3)),
+    # more images than there are multiprocessors, of few numbers
+    ((1024, 8, 8, 8), (8, 3, 3), True, True, (2, 2), (1, 1), (1, 1)),
 ]
 FIRST_CONVOLUTIONS = [
     ((128, 1, 28, 28), (32, 5, 5), True, True, (2, 2), (1, 1), (0, 0)),
@@ -41,6 +49,7 @@ FIRST_CONVOLUTIONS = [
     ((3, 2, 9, 9), (5, 3, 3), False, False, (2, 3), (1, 1), (0, 0)),
     ((2, 4, 16, 16), (130, 3, 3), True, True, None, (2, 1), (1, 1)),
     ((1, 1, 5, 300), (3, 1, 1), True, True, None, (1, 1), (0, 0)),
+    ((1024, 4, 8, 8), (8, 3, 3), True, True, None, (1, 1), (1, 1)),
 ]
 # x, first (K, R, S, pool, padding), second
 PAIRS = [

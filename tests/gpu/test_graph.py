@@ -139,6 +139,22 @@ def test_the_reference_network_captured():
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_captured_predictions_equal_eager_ones(precision, count):
+    """Short enough for racecheck; test_inference_gpu.py has the others."""
+    cycnn.manual_seed(0)
+    model = nn.reference_network().to("cuda")
+    rng = np.random.default_rng(count)
+    given = rng.standard_normal((2, count, 1, 28, 28), dtype=np.float32)
+    together = nn.fuse(model.eval())
+    wanted = [together(cycnn.Tensor(x, "cuda")).numpy() for x in given]
+    # run, recorded and replayed, of an array and of a tensor
+    for i in (0, 1, 0):
+        np.testing.assert_array_equal(model.predict(given[i]), wanted[i])
+        found = model.predict(cycnn.Tensor(given[i], "cuda"))
+        np.testing.assert_array_equal(found.numpy(), wanted[i])
+
+
 @pytest.fixture
 def nothing_fits(monkeypatch):
     """Sets stream, through slots of a few batches each."""

@@ -33,6 +33,8 @@ LAYERS = {
         lambda: nn.MaxPool2d((3, 2), stride=(1, 2), padding=(1, 1)),
         (4, 2, 8, 5),
     ),
+    "pool over the edge": (lambda: nn.MaxPool2d(3, 2, ceil_mode=True), (4, 3, 8, 6)),
+    "pool uneven": (lambda: nn.MaxPool2d(3, 2, padding=(0, 2, 1, 0)), (4, 3, 8, 5)),
     "pool of nothing": (lambda: nn.MaxPool2d(2), (0, 3, 4, 4)),
     "relu": (nn.ReLU, (3, 5, 7, 11)),
     "sigmoid": (nn.Sigmoid, (257, 3)),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from any_shape import check_counted_steps, check_steps
 
 import cycnn
 from cycnn import Tensor, Trainer, data, nn, optim
@@ -49,20 +50,10 @@ COUNTED = {
 @pytest.mark.parametrize("name", COUNTED)
 def test_counted_steps(ops, name, size):
     op, count, more, numbers = COUNTED[name]
-    arrays = slabs(size, count)
-    tensors, wanted = [on_gpu(a) for a in arrays], [a.astype(float) for a in arrays]
-    step, held = np.array([0, 0], np.int32), on_gpu(np.zeros(2, np.int32))
-    lr = np.array(0.01, np.float32)
+    arrays = [*slabs(size, count), *more]
     # twice without counting, as the first of several slabs, then with it
-    for advance in (False, True, True, False, True):
-        given = held, advance, on_gpu(lr), *numbers
-        getattr(ops, op)(*tensors, *more, *given)
-        getattr(reference, op)(*wanted, *more, step, advance, lr, *numbers)
-        assert_steps(held, step[0])
-    for i, (tensor, want) in enumerate(zip(tensors, wanted)):
-        np.testing.assert_allclose(
-            tensor.numpy(), want, rtol=1e-4, atol=1e-5, err_msg=f"array {i}"
-        )
+    advances = False, True, True, False, True
+    check_counted_steps(ops, on_gpu, op, arrays, numbers, advances)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -70,16 +61,8 @@ def test_counted_steps(ops, name, size):
 def test_centered_rmsprop(ops, size, momentum):
     param, grad, square, mean, buffer = slabs(size, 5)
     given = [param, grad, square + mean * mean, mean, buffer if momentum else None]
-    tensors = [on_gpu(a) for a in given]
-    wanted = [None if a is None else a.astype(float) for a in given]
     numbers = 0.9, 1e-2, 0.1, momentum
-    lr = np.array(0.01, np.float32)
-    for _ in range(2):
-        ops.centered_rmsprop_step(*tensors, on_gpu(lr), *numbers)
-        reference.centered_rmsprop_step(*wanted, lr, *numbers)
-    for tensor, want in zip(tensors, wanted):
-        if want is not None:
-            np.testing.assert_allclose(tensor.numpy(), want, rtol=1e-4, atol=1e-5)
+    check_steps(ops, on_gpu, "centered_rmsprop_step", given, numbers, steps=2)
 
 
 @pytest.mark.parametrize("size", SIZES[1:])

@@ -24,7 +24,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-# x, window, stride, padding
+# x, window, stride, padding, and whether rounded up
 POOLS = (
     ((0, 2, 4, 4), (2, 2), (2, 2), (0, 0)),
     ((1, 1, 1, 1), (1, 1), (1, 1), (0, 0)),
@@ -33,25 +33,47 @@ POOLS = (
     ((2, 3, 9, 8), (2, 3), (3, 4), (0, 0)),
     ((1, 2, 5, 5), (5, 5), (1, 1), (2, 2)),
     ((257, 3, 4, 4), (4, 4), (4, 4), (0, 0)),
+    ((3, 5, 8, 7), (3, 3), (2, 2), (0, 0), True),
+    ((3, 5, 8, 7), (3, 3), (2, 2), (1, 1), True),
+    ((2, 3, 3, 5), (4, 7), (4, 3), (0, 0), True),
+    ((3, 2, 8, 9), (2, 3), (2, 2), (0, 0, 1, 2)),
+    ((2, 5, 9, 7), (3, 4), (3, 2), (2, 0, 1, 3), True),
 )
+
+
+def check_avgpool2d(ops, shape, *how):
+    """how: window, stride, padding, count_include_pad, ceil_mode."""
+    x = normal(*shape)
+    terms = how[0][0] * how[0][1]
+    y = ops.avgpool2d_forward(on_gpu(x), *how)
+    want = reference.avgpool2d_forward(x, *how)
+    bound = reference.avgpool2d_forward(np.abs(x), *how)
+    assert_close(y, want, 2 * (terms + 2) * F32 * bound)
+    dy = normal(*want.shape, seed=1)
+    dx = ops.avgpool2d_backward(on_gpu(dy), shape, *how)
+    want = reference.avgpool2d_backward(dy, shape, *how)
+    bound = reference.avgpool2d_backward(np.abs(dy), shape, *how)
+    assert_close(dx, want, 2 * (terms + 2) * F32 * bound)
+    assert_same_bits(dx, ops.avgpool2d_backward(on_gpu(dy), shape, *how))
 
 
 @pytest.mark.parametrize("include", (True, False), ids=("padding", "no padding"))
 @pytest.mark.parametrize("case", POOLS, ids=str)
 def test_avgpool2d(ops, case, include):
-    shape, *how = case
-    x = normal(*shape)
-    terms = how[0][0] * how[0][1]
-    y = ops.avgpool2d_forward(on_gpu(x), *how, include)
-    want = reference.avgpool2d_forward(x, *how, include)
-    bound = reference.avgpool2d_forward(np.abs(x), *how, include)
-    assert_close(y, want, 2 * (terms + 2) * F32 * bound)
-    dy = normal(*want.shape, seed=1)
-    dx = ops.avgpool2d_backward(on_gpu(dy), shape, *how, include)
-    want = reference.avgpool2d_backward(dy, shape, *how, include)
-    bound = reference.avgpool2d_backward(np.abs(dy), shape, *how, include)
-    assert_close(dx, want, 2 * (terms + 2) * F32 * bound)
-    assert_same_bits(dx, ops.avgpool2d_backward(on_gpu(dy), shape, *how, include))
+    shape, window, stride, padding, *rounded_up = case
+    check_avgpool2d(ops, shape, window, stride, padding, include, *rounded_up)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_avgpool2d_of_any_shape(ops, seed):
+    rng = np.random.default_rng(seed)
+    window = tuple(map(int, rng.integers(1, 6, 2)))
+    stride = tuple(map(int, rng.integers(1, 7, 2)))
+    padding = tuple(int(rng.integers(0, k)) for k in (*window, *window))
+    size = [k + int(rng.integers(0, 30)) for k in window]
+    shape = int(rng.integers(1, 5)), int(rng.integers(1, 9)), *size
+    how = seed % 2 == 1, seed % 4 > 1
+    check_avgpool2d(ops, shape, window, stride, padding, *how)
 
 
 # a warp a plane, the last block partly filled; a block a plane
@@ -76,6 +98,8 @@ def test_global_avgpool2d(ops, shape):
 LAYERS = {
     "overlapping": lambda: nn.AvgPool2d((3, 2), (1, 2), (1, 1)),
     "without padding": lambda: nn.AvgPool2d(5, 2, 2, count_include_pad=False),
+    "over the edge": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    "uneven": lambda: nn.AvgPool2d(3, 2, (0, 2, 1, 0), count_include_pad=False),
     "whole plane": nn.AdaptiveAvgPool2d,
 }
 

@@ -220,12 +220,22 @@ def test_cupy_torch_and_cycnn_share_memory(live):
     del theirs, back, seen
 
 
+# What a parent may have done: each of them initialises CUDA.
+PARENTS = {
+    "used a GPU": "cycnn.zeros(4, device='cuda').numpy()",
+    "asked for one": "assert cycnn.cuda_available()",
+    "counted them": "from cycnn.gpu import device; device.count()",
+    "used one and shut down": "cycnn.zeros(4, device='cuda'); cycnn.shutdown()",
+}
+
+
 @pytest.mark.no_sanitizer
-def test_a_forked_child_is_told(gpu):
-    code = """
+@pytest.mark.parametrize("parent", PARENTS)
+def test_a_forked_child_is_told(gpu, parent):
+    code = f"""
 import os, sys
 import cycnn
-cycnn.zeros(4, device="cuda").numpy()
+{PARENTS[parent]}
 child = os.fork()
 if child == 0:
     try:
@@ -233,6 +243,50 @@ if child == 0:
     except cycnn.CudaError as error:
         os._exit(0 if "spawn" in str(error) else 1)
     os._exit(2)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.no_sanitizer
+def test_a_forked_child_frees_nothing_of_its_parent(gpu):
+    """Buffers, streams, events, pinned memory and a graph: the parent still has them."""
+    code = """
+import gc, os, sys
+import numpy as np
+import cycnn
+from cycnn.gpu import graph, memory, pinned, stream
+x = cycnn.Tensor(np.arange(1000.0), "cuda")
+recorded = graph.Graph(0)
+ops = cycnn.ops.for_device(x.device)
+recorded.rehearse(lambda: ops.relu_forward(x))
+y = recorded.record(lambda: ops.relu_forward(x))
+kept = [x, recorded, y, stream.Stream(0), stream.Event(0), pinned.PinnedRing(2, 64, 0)]
+child = os.fork()
+if child == 0:
+    del x, recorded, y
+    kept.clear()
+    gc.collect()
+    os._exit(0 if memory.stats()["live_buffers"] == 0 else 3)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+recorded.launch()
+assert (y.numpy() == np.arange(1000)).all()
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.no_sanitizer
+def test_a_child_forked_before_the_first_use_may_use_the_gpu(gpu):
+    code = """
+import os, sys
+import cycnn
+from cycnn.gpu import device  # its hook runs in the child
+child = os.fork()
+if child == 0:
+    os._exit(0 if cycnn.zeros(4, device="cuda").numpy().tolist() == [0] * 4 else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
