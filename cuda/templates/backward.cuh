@@ -27,9 +27,14 @@ __device__ __forceinline__ int warp_index() {
 __device__ __forceinline__ u32 operand(float x) {
   return MODE == MODE_TF32 ? round_tf32(x) : __float_as_uint(x);
 }
-// A float that was copied into shared memory as it is, on its way to a product: half a
-// unit is added here and the tensor core cuts the rest off. (A NaN of all ones would
-// pass for 0; NaNs in x and weight have met the loss long before.)
+// Half a unit of tf32, added to a number of which the tensor core cuts the rest off.
+// The NaN that the GPU itself makes, 0x7fffffff, stays one.
+__device__ __forceinline__ u32 add_half(u32 word) {
+  return (u32)min((int)word, 0x7fffefff) + 0x1000u;
+}
+// A float that was copied into shared memory as it is, on its way to a product. Only of
+// x, y and weight, for which 0x7fffffff may pass for 0: where they have it the gradient
+// that they meet has long become NaN.
 __device__ __forceinline__ u32 copied_operand(u32 word) {
   return MODE == MODE_TF32 ? word + 0x1000u : word;
 }

@@ -144,12 +144,14 @@ __device__ __forceinline__ void load_windows(u32* tile, const float* dy, const u
 #pragma unroll
     for (int qq = 0; qq < 4; ++qq) {
       const u32 place = places >> (8 * qq) & 255u;
-      const Split split(__float_as_uint(v[qq]));
-      words[0][qq] = (place ? split.big : 0u) | place | (PARTS == 2 ? columns : 0u);
-      if (PARTS == 2)
-        words[PARTS - 1][qq] =
-            place ? ((split.small + 0x1000u) & 0xffffe000u) | place : 0u;
-      else tile[window_at(image, k, pp, qq)] = words[0][qq];
+      const u32 big = add_half(__float_as_uint(v[qq])) & 0xffffe000u;
+      words[0][qq] = (place ? big : 0u) | place | (PARTS == 2 ? columns : 0u);
+      if (PARTS == 2) {
+        const u32 small = __float_as_uint(v[qq] - __uint_as_float(big));
+        words[PARTS - 1][qq] = place ? (add_half(small) & 0xffffe000u) | place : 0u;
+      } else {
+        tile[window_at(image, k, pp, qq)] = words[0][qq];
+      }
     }
     if (PARTS == 2) {
 #pragma unroll
@@ -226,11 +228,11 @@ __device__ __forceinline__ void store_row(u32* to, const float (&sums)[S * 4]) {
         else high[e] += v;
       }
     }
-    *(uint2*)to = make_uint2(copied_operand(__float_as_uint(low[0])),
-                             copied_operand(__float_as_uint(low[1])));
-    if (g < S - 1)
-      *(uint2*)(to + 8 * CT) = make_uint2(copied_operand(__float_as_uint(high[0])),
-                                          copied_operand(__float_as_uint(high[1])));
+    const auto word = [](float v) {
+      return MODE == MODE_TF32 ? add_half(__float_as_uint(v)) : __float_as_uint(v);
+    };
+    *(uint2*)to = make_uint2(word(low[0]), word(low[1]));
+    if (g < S - 1) *(uint2*)(to + 8 * CT) = make_uint2(word(high[0]), word(high[1]));
   }
 }
 

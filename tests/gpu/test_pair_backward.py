@@ -130,6 +130,19 @@ def test_gradients(pair, precision, batch, channels, filters):
         assert norm <= 2 * OPERANDS[precision]
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0xFFC00000])
+@pytest.mark.parametrize("channels, filters", CHANNELS)
+def test_nan_goes_where_the_reference_has_it(pair, precision, channels, filters, bits):
+    """The first is the one that a GPU makes: rounding must not carry into its sign."""
+    g = given(9, channels, filters)
+    g.dy.view(np.uint32)[1, 3, 2, 1] = bits
+    g.code2[1, 3, 2, 1] = 2
+    found = run(pair, g.on_gpu(), channels, filters)
+    for got, want in zip(found, specification(g)):
+        assert np.isnan(want).any()
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+
+
 @pytest.mark.parametrize("batch", [1, 33, 128, 1024])
 def test_it_equals_the_kernels_of_one_block(pair, fused, precision, batch):
     channels, filters = REFERENCE
