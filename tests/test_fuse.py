@@ -217,7 +217,7 @@ PAIR = True, (2, 2), (1, 1), (0, 0)  # relu, pool, stride, padding
 
 
 def conv_pair_backward(
-    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1, settled
 ):
     weight1 = cycnn.zeros(dweight1.shape, device="cpu")
     given = dy, None, code2, y1, weight2, dweight2, dbias2, *PAIR, True
@@ -225,7 +225,7 @@ def conv_pair_backward(
     conv_block_backward(dy, None, code1, x, weight1, dweight1, dbias1, *PAIR, False)
 
 
-def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
+def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2, settled):
     weight1 = cycnn.zeros((y1.shape[1], 1, 5, 5), device="cpu")
     given = dy, None, code2, y1, weight2, *PAIR, True
     dy, second = conv_block_backward_partials(*given)

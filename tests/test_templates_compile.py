@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 
@@ -109,8 +109,8 @@ def head(arch, mode, shape):
     return plan.library, plan.definitions, plan.specific
 
 
-def conv_pair_backward(arch, mode, shape):
-    kernel = pair_backward._kernel(*shape, pair_backward._MODES[mode])
+def conv_pair_backward(arch, mode, shape, settled=True):
+    kernel = pair_backward._kernel(*shape, pair_backward._MODES[mode], settled)
     return kernel.library, kernel.options, kernel.specific
 
 
@@ -263,12 +263,18 @@ def test_fresh_loads_stay_behind_the_wait(plan, shape, mode, tmp_path):
     assert waits and fresh
 
 
+@pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_of_a_pair_are_read_behind_the_wait(mode, tmp_path):
-    """load_fresh (STRONG), where weights are read ahead of the only wait."""
-    words = instructions(conv_pair_backward, (32, 64), mode, tmp_path)
+def test_gradients_of_a_pair_are_read_behind_the_wait(mode, settled, tmp_path):
+    """load_fresh (STRONG), where weights are read ahead of the only wait.
+
+    Where all but the gradients is settled the codes, which are no vectors, are as well.
+    """
+    plan = partial(conv_pair_backward, settled=settled)
+    words = instructions(plan, (32, 64), mode, tmp_path)
     waits = [i for i, word in enumerate(words) if word.startswith("ACQBULK")]
-    fresh = [i for i, word in enumerate(words) if "STRONG" in word]
+    kind = "128.STRONG" if settled else "STRONG"
+    fresh = [i for i, word in enumerate(words) if kind in word]
     assert len(waits) == 1 and fresh
     assert min(fresh) > waits[0]
     assert not [word for word in words[waits[0] :] if "CONSTANT" in word]

@@ -336,6 +336,10 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, 1)
 #pragma unroll 1
   for (int step = 0; step < least(data_role::COPIED_AHEAD, data_role::STEPS); ++step)
     data_role::copy_weights(w_tile, arrived, step, weight2, c0);
+  const auto copy_input = [&](int n0) {
+    if (k0 < K) weight_role::copy_input(of_weights, y1, c0, n0, N);
+  };
+  if (SETTLED) copy_input(split * IMAGES);
   wait_for_earlier_kernels();
   let_next_kernel_start();
 
@@ -345,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, 1)
     const bool first = group == split;
     if (!first) __syncthreads();
     load_windows(dz_tile, dy2, code2, n0, N, [&] {
-      if (k0 < K) weight_role::copy_input(of_weights, y1, c0, n0, N);
+      if (!SETTLED || !first) copy_input(n0);
     });
     copy_wait<0>();
     __syncthreads();

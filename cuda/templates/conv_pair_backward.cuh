@@ -28,6 +28,9 @@
 // 1, 5, 5), dbias1 (2 splits, C), of half of the rows each. update.cu adds the partials
 // in order.
 //
+// weight2 was complete before the kernel ahead of this one started, and is fetched
+// while that one still runs. SETTLED: so was all but dy2.
+//
 // Launch: 2 splits C / 8 blocks of 512 threads, SHARED bytes
 // (fused_cuda_pair_backward.py). C a multiple of 8, K one up to 64. Compute capability
 // 9.0.
@@ -102,64 +105,82 @@ __device__ __forceinline__ int window_at(int image, int k, int pp, int qq) {
          (PARTS == 2 ? (pp ^ swizzle) * 4 + qq : (qq ^ swizzle) * 4 + pp);
 }
 
-// The words of 8 images, from dy and code, by all threads of the block. A thread has
-// rows of windows, its neighbours what is beside them in memory. meanwhile(): what else
-// is to be done while the loads are on their way.
+// What becomes the words of 8 images, from n0 on, on its way through registers. A
+// thread has rows of windows, its neighbours what is beside them in memory.
+struct WindowRows {
+  static constexpr u32 IMAGE_ROWS = K * 4, ROWS = IMAGES * IMAGE_ROWS;
+  static constexpr int MINE = ceil_div(ROWS, 2 * THREADS);
+  float4 values[MINE];
+  u32 codes[MINE];
+
+  __device__ __forceinline__ void load_codes(const u8* code, int n0, int N) {
+    const u32 thread = thread_index(), present = least(IMAGES, N - n0) * IMAGE_ROWS;
+    const u32* const from = (const u32*)code + (size_t)n0 * IMAGE_ROWS + thread;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i)
+      codes[i] =
+          i * 2 * THREADS + thread < present ? load_fresh(from + i * 2 * THREADS) : 0u;
+  }
+  __device__ __forceinline__ void load_values(const float* dy, int n0, int N) {
+    const u32 thread = thread_index(), present = least(IMAGES, N - n0) * IMAGE_ROWS;
+    const float4* const from = (const float4*)dy + (size_t)n0 * IMAGE_ROWS + thread;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+      values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (i * 2 * THREADS + thread < present)
+        values[i] = load_fresh(from + i * 2 * THREADS);
+    }
+  }
+  __device__ __forceinline__ void store(u32* tile) const {
+    const u32 thread = thread_index();
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+      const u32 row = i * 2 * THREADS + thread;
+      if (ROWS % (2 * THREADS) && row >= ROWS) break;
+      const int image = row / IMAGE_ROWS, k = row / 4 % K, pp = thread % 4;
+      // a nibble a window: the code, and whether the column is 1
+      u32 nibbles = (codes[i] | codes[i] >> 4) & 0x00ff00ffu;
+      nibbles |= nibbles >> 8;
+      u32 columns = ~codes[i] & 0x01010101u;
+      columns = (columns | columns >> 4) & 0x00110011u;
+      columns = (columns | columns >> 8) & 0x1111u;
+      // places of codes 0 to 4 from a table
+      const u32 places = __byte_perm(0x08040200u, 0x20u, nibbles);
+      const float v[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
+      u32 words[PARTS][4];
+#pragma unroll
+      for (int qq = 0; qq < 4; ++qq) {
+        const u32 place = places >> (8 * qq) & 255u;
+        const u32 big = add_half(__float_as_uint(v[qq])) & 0xffffe000u;
+        words[0][qq] = (place ? big : 0u) | place | (PARTS == 2 ? columns : 0u);
+        if (PARTS == 2) {
+          const u32 small = __float_as_uint(v[qq] - __uint_as_float(big));
+          words[PARTS - 1][qq] = place ? (add_half(small) & 0xffffe000u) | place : 0u;
+        } else {
+          tile[window_at(image, k, pp, qq)] = words[0][qq];
+        }
+      }
+      if (PARTS == 2) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part)
+          *(uint4*)(tile + part * DZ_PART + window_at(image, k, pp, 0)) = make_uint4(
+              words[part][0], words[part][1], words[part][2], words[part][3]);
+      }
+    }
+  }
+};
+
+// The words of 8 images, by all threads of the block. meanwhile(): what else is to be
+// done while the loads are on their way.
 template <class Meanwhile>
 __device__ __forceinline__ void load_windows(u32* tile, const float* dy, const u8* code,
                                              int n0, int N,
                                              const Meanwhile& meanwhile) {
-  constexpr u32 IMAGE_ROWS = K * 4, ROWS = IMAGES * IMAGE_ROWS;
-  constexpr int MINE = ceil_div(ROWS, 2 * THREADS);
-  const u32 thread = thread_index(), present = least(IMAGES, N - n0) * IMAGE_ROWS;
-  const float4* const dy_row = (const float4*)dy + (size_t)n0 * IMAGE_ROWS + thread;
-  const u32* const code_row = (const u32*)code + (size_t)n0 * IMAGE_ROWS + thread;
-  float4 values[MINE];
-  u32 codes[MINE];
-#pragma unroll
-  for (int i = 0; i < MINE; ++i) {
-    values[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    codes[i] = 0u;
-    if (i * 2 * THREADS + thread < present) {
-      values[i] = load_fresh(dy_row + i * 2 * THREADS);
-      codes[i] = load_fresh(code_row + i * 2 * THREADS);
-    }
-  }
+  WindowRows rows;
+  rows.load_values(dy, n0, N);
+  rows.load_codes(code, n0, N);
   meanwhile();
-#pragma unroll
-  for (int i = 0; i < MINE; ++i) {
-    const u32 row = i * 2 * THREADS + thread;
-    if (ROWS % (2 * THREADS) && row >= ROWS) break;
-    const int image = row / IMAGE_ROWS, k = row / 4 % K, pp = thread % 4;
-    // a nibble a window: the code, and whether the column is 1
-    u32 nibbles = (codes[i] | codes[i] >> 4) & 0x00ff00ffu;
-    nibbles |= nibbles >> 8;
-    u32 columns = ~codes[i] & 0x01010101u;
-    columns = (columns | columns >> 4) & 0x00110011u;
-    columns = (columns | columns >> 8) & 0x1111u;
-    // places of codes 0 to 4 from a table
-    const u32 places = __byte_perm(0x08040200u, 0x20u, nibbles);
-    const float v[4] = {values[i].x, values[i].y, values[i].z, values[i].w};
-    u32 words[PARTS][4];
-#pragma unroll
-    for (int qq = 0; qq < 4; ++qq) {
-      const u32 place = places >> (8 * qq) & 255u;
-      const u32 big = add_half(__float_as_uint(v[qq])) & 0xffffe000u;
-      words[0][qq] = (place ? big : 0u) | place | (PARTS == 2 ? columns : 0u);
-      if (PARTS == 2) {
-        const u32 small = __float_as_uint(v[qq] - __uint_as_float(big));
-        words[PARTS - 1][qq] = place ? (add_half(small) & 0xffffe000u) | place : 0u;
-      } else {
-        tile[window_at(image, k, pp, qq)] = words[0][qq];
-      }
-    }
-    if (PARTS == 2) {
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part)
-        *(uint4*)(tile + part * DZ_PART + window_at(image, k, pp, 0)) =
-            make_uint4(words[part][0], words[part][1], words[part][2], words[part][3]);
-    }
-  }
+  rows.store(tile);
 }
 
 // ---- data role: what both kernels do

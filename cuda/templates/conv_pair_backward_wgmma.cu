@@ -320,18 +320,24 @@ extern "C" __global__ void __launch_bounds__(2 * THREADS, 1)
   weights.load(weight2, c0);
   for (int i = threadIdx.x; i < data_role::ONES; i += 2 * THREADS)
     tiles.ones[i] = __float_as_uint(1.0f);
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-
   const auto copy_inputs = [&](int n0) {
     if (data) data_role::copy_first(tiles, half, c0, n0, code1, x, N);
     else
       weight_role::copy_input(of_weights, y1, c0 + half * weight_role::CHANNELS, n0, N);
   };
-  load_windows(dz_tile, dy2, code2, split * IMAGES, N, [&] {
-    weights.store(w_tile, half);
-    copy_inputs(split * IMAGES);
-  });
+  WindowRows rows;
+  const int begin = split * IMAGES;
+  if (SETTLED) {
+    rows.load_codes(code2, begin, N);
+    copy_inputs(begin);
+  }
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  rows.load_values(dy2, begin, N);
+  if (!SETTLED) rows.load_codes(code2, begin, N);
+  weights.store(w_tile, half);
+  if (!SETTLED) copy_inputs(begin);
+  rows.store(dz_tile);
 #pragma unroll 1
   for (int group = split; group * IMAGES < N; group += splits) {
     const int n0 = group * IMAGES;

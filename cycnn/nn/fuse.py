@@ -231,9 +231,12 @@ class _Run(Layer):
     partials : dict or None
         Where backward puts the gradients of parameters, in parts that are still to be
         added up: ``{Parameter: Tensor (splits, *shape)}``. None: it writes them.
+    settled : bool
+        Whether a kernel ran between forward and backward, that of the loss at least.
     """
 
     partials = None
+    settled = False
 
     def __init__(self, parts):
         self.parts = parts
@@ -575,9 +578,10 @@ class FusedConvPair(_Run):
             for conv in convs:
                 bias = None if conv.bias is None else conv.bias.grad
                 grads += [conv.weight.grad, bias]
-            fused.conv_pair_backward(*given, *grads)
+            fused.conv_pair_backward(*given, *grads, self.settled)
             return
-        for conv, made in zip(convs, fused.conv_pair_backward_partials(*given)):
+        parts = fused.conv_pair_backward_partials(*given, self.settled)
+        for conv, made in zip(convs, parts):
             _collect(self.partials, conv, made)
 
     def _forget(self):
@@ -898,12 +902,12 @@ class Objective:
         if isinstance(self.model, FusedSequential):
             runs = self.model.runs()
         for run in runs:
-            run.partials = partials
+            run.partials, run.settled = partials, True
         try:
             self._backward(partials)
         finally:
             for run in runs:
-                run.partials = None
+                run.partials, run.settled = None, False
 
     def pack_filters(self, x_shape, gather=False) -> dict:
         """Have the filters of convolutions packed ahead, for batches of a shape.

@@ -305,19 +305,20 @@ def conv_pair_backward_supported(device, x_shape, first, second) -> bool:
 
 
 def conv_pair_backward(
-    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1, settled=False
 ):
+    """``settled``: the kernel ahead wrote nothing but dy."""
     from . import fused_cuda_pair_backward as pair
 
     pair.conv_pair_backward(
-        dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+        dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1, settled
     )
 
 
-def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
+def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2, settled=False):
     from . import fused_cuda_pair_backward as pair
 
-    return pair.conv_pair_backward_partials(dy, code2, y1, code1, x, weight2)
+    return pair.conv_pair_backward_partials(dy, code2, y1, code1, x, weight2, settled)
 
 
 def updater(parameters, device):

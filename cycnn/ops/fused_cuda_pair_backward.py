@@ -50,13 +50,14 @@ def _shared(filters, mode) -> int:
 
 
 @lru_cache(None)
-def _kernel(channels, filters, mode):
+def _kernel(channels, filters, mode, settled=False):
     name = "conv_pair_backward_wgmma" if mode else "conv_pair_backward"
     macros = {
         "C": channels,
         "K": filters,
         "MODE": mode,
         "SHARED": _shared(filters, mode),
+        "SETTLED": int(settled),
     }
     return Kernel(
         name,
@@ -126,16 +127,16 @@ def conv_pair_backward_kernels(machine, precision, x_shape, first, second) -> li
     Returns
     -------
     list of Kernel
-        One from the library of the sums of partials among them.
+        Those of a training step, and one from the library of the sums of partials.
     """
     if not first[1:] == second[1:] == _BLOCK:
         return []
     if not _fits(x_shape, first[0], second[0], machine):
         return []
-    return [_kernel(first[0][0], second[0][0], _MODES[precision]), _reduce]
+    return [_kernel(first[0][0], second[0][0], _MODES[precision], True), _reduce]
 
 
-def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
+def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2, settled=False):
     """The gradients of both blocks' weights and biases, in parts.
 
     Parameters
@@ -150,6 +151,10 @@ def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
         The first forward's.
     x : Tensor (N, 1, 28, 28)
     weight2 : Tensor (K, C, 5, 5)
+        Complete before the kernel ahead of this one started.
+    settled : bool
+        Whether everything but dy was, as in a training step, where the backward of the
+        layers behind lies in between; it may then be fetched while that one still runs.
 
     Returns
     -------
@@ -188,7 +193,7 @@ def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
         )
     )
     mode = _MODES[get_precision()]
-    _kernel(channels, filters, mode)(
+    _kernel(channels, filters, mode, settled)(
         gpu.compute, blocks, _THREADS, dy, code2, y1, code1, x, weight2, *second,
         *first, n, splits, shared=_shared(filters, mode), dependent=True,
     )  # fmt: skip
@@ -196,7 +201,7 @@ def conv_pair_backward_partials(dy, code2, y1, code1, x, weight2):
 
 
 def conv_pair_backward(
-    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1
+    dy, code2, y1, code1, x, weight2, dweight2, dbias2, dweight1, dbias1, settled=False
 ):
     """:func:`conv_pair_backward_partials`, with the parts added up.
 
@@ -210,6 +215,8 @@ def conv_pair_backward(
     dbias2 : Tensor (K,) or None
     dbias1 : Tensor (C,) or None
         Written.
+    settled : bool
+        As there.
     """
     filters, channels = weight2.shape[:2]
     shapes.check_same(weight2=weight2.shape, dweight2=dweight2.shape)
@@ -219,7 +226,7 @@ def conv_pair_backward(
             shapes.check_same(
                 **{"weight[:, 0, 0, 0]": (outputs,), "dbias": dbias.shape}
             )
-    made = conv_pair_backward_partials(dy, code2, y1, code1, x, weight2)
+    made = conv_pair_backward_partials(dy, code2, y1, code1, x, weight2, settled)
     for partials, *targets in zip(made, (dweight2, dweight1), (dbias2, dbias1)):
         if partials is not None:
             reduce_partials(partials, *targets)

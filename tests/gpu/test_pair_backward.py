@@ -216,6 +216,17 @@ def test_partials_add_up(pair):
             assert (error <= partials.splits * F32 * sums + 1e-30).all()
 
 
+@pytest.mark.parametrize("batch", [1, 33, 300])
+def test_what_is_settled_is_only_fetched_earlier(pair, precision, batch):
+    tensors = given(batch, *REFERENCE).on_gpu()
+    late, early = (
+        pair.conv_pair_backward_partials(*tensors, settled=settled)
+        for settled in (False, True)
+    )
+    for one, other in zip((*late[0], *late[1]), (*early[0], *early[1])):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+
+
 def test_what_is_supported(pair):
     x = 8, 1, 28, 28
     first, second = ((32, 1, 5, 5), *BLOCK), ((64, 32, 5, 5), *BLOCK)
