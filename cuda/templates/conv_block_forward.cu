@@ -539,6 +539,10 @@ __device__ __forceinline__ void multiply_all(Sums& sums, u32 shared) {
     // where wgmma runs on, the chunk before is complete once only this one is pending
     constexpr int BEHIND = WGMMA && PARTS == 1;
     if (BEHIND) complete<1>(sums);
+#if __CUDA_ARCH__ >= 900
+    // ldmatrix has read what bulk copies overwrite
+    if (!WGMMA && SLOTS < SLOTS_USED) fence_async();
+#endif
     // each lane for what it has read by ldmatrix, one for the warp's wgmma
     if ((!WGMMA || threadIdx.x % 32 == 0) && chunk >= BEHIND)
       barrier_arrive(shared + DONE + 8 * (BEHIND ? b ^ 1 : b));

@@ -216,7 +216,7 @@ def test_partials_add_up(pair):
             assert (error <= partials.splits * F32 * sums + 1e-30).all()
 
 
-@pytest.mark.parametrize("batch", [1, 33, 300])
+@pytest.mark.parametrize("batch", [1, 33])
 def test_what_is_settled_is_only_fetched_earlier(pair, precision, batch):
     tensors = given(batch, *REFERENCE).on_gpu()
     late, early = (
