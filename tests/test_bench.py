@@ -94,16 +94,17 @@ def test_other_tasks(tmp_path):
 def test_larger_networks(tmp_path):
     folder = write_mnist(tmp_path, 1, 1)
     done = peers(
-        folder, "--contestants", "cycnn-*", "--networks", "vgg-*,resnet-*",
-        "--images", 12, "--epochs", 1,
+        folder, "--contestants", "cycnn-*", "--networks",
+        "vgg-*,resnet-*,separable-*", "--images", 12, "--epochs", 1,
     )
     assert done.returncode == 1, done.stderr  # nobody learns from 12 images
     found = results(folder)
-    assert list(found) == ["vgg-128", "vgg-512", "resnet-128", "resnet-512"]
+    names = "vgg", "resnet", "separable"
+    assert list(found) == [f"{name}-{batch}" for name in names for batch in (128, 512)]
     assert all("median" in row["cycnn-fp32"] for row in found.values())
 
 
-@pytest.mark.parametrize("name", ["reference", "lenet", "vgg", "resnet"])
+@pytest.mark.parametrize("name", ["reference", "lenet", "vgg", "resnet", "separable"])
 def test_everybody_computes_the_same(name, monkeypatch):
     """Scores and running statistics, from the same weights."""
     torch = pytest.importorskip("torch")

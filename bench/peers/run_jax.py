@@ -155,7 +155,8 @@ class Contestant:
             x = lax.conv_general_dilated(
                 x, w.astype(self.compute), (layer.stride,) * 2,
                 [(layer.padding, layer.padding)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.multiply,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=layer.groups, precision=self.multiply,
             )
             if not layer.norm:
                 return x + more[0].astype(self.compute)
