@@ -5,18 +5,21 @@
 # make sanitize    the same with every tool of compute-sanitizer, which takes longer;
 #                  adds to a record that is current
 # make gpu-check   does that record belong to the sources as they are now?
-# make coverage    lines of Python and Cython that the tests run
+# make coverage    lines of Python and Cython that the tests run; JOBS=8 shares the tests
+#                  among 8 processes
 # make wheel       dist/cycnn-*.whl
 # make clean       removes what the others made
 #
 # PYTHON picks the interpreter. `make gpu PYTHON=python3` uses that interpreter as it is,
-# with no virtual environment and no network: for a machine that has what is needed.
+# with no virtual environment and no network: for a machine that has what is needed. So
+# does `make coverage PYTHON=python3`.
 
 GPU_PYTHON := $(if $(filter undefined,$(origin PYTHON)),,$(PYTHON))
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+JOBS ?= 1
 DEMO_ENV ?= .venv-demo
 TEST_ENV ?= .venv-test
 
@@ -102,18 +105,37 @@ $(TEST_ENV)/installed: build/wheel
 	@touch $@
 
 # A copy is built, since modules that report their lines are slow and not for use. Left
-# out: tests of packaging, which need a checkout, and of kills, which trace lines as well.
+# out: tests of packaging, which need a checkout, of kills, which trace lines as well, and
+# of benchmarks, which take minutes so. When tests fail there is a report too, of what ran.
+COVERAGE_PYTHON := $(or $(GPU_PYTHON),env/bin/python)
+ifneq ($(findstring /,$(GPU_PYTHON)),)
+COVERAGE_PYTHON := $(abspath $(GPU_PYTHON))
+endif
+# What one of several processes prints is shown when it has ended.
+SHARE := "$$@"$(if $(filter-out 1,$(JOBS)), > share-$$0.log 2>&1; \
+    status=$$?; cat share-$$0.log; exit $$status)
+
 coverage:
 	rm -rf build/coverage
 	mkdir -p build/coverage
 	cp -r setup.py pyproject.toml MANIFEST.in README.md LICENSE cycnn cuda tests tools demo \
 	    bench build/coverage
+ifdef GPU_PYTHON
+	cd build/coverage && $(if $(NVIDIA),CYCNN_BUILD_GPU=$(CYCNN_BUILD_GPU)) \
+	    CYCNN_COVERAGE=1 $(COVERAGE_PYTHON) setup.py build_ext --inplace
+else
 	$(PYTHON) -m venv build/coverage/env
-	CYCNN_COVERAGE=1 build/coverage/env/bin/python -m pip install -q coverage \
+	CYCNN_COVERAGE=1 build/coverage/env/bin/python -m pip install -q "coverage>=7.13" \
 	    -e "build/coverage[test]"
-	cd build/coverage && env/bin/python -m coverage run -m pytest \
-	    --ignore tests/test_packaging.py --ignore tests/test_kill.py $(PYTEST_ARGS)
-	cd build/coverage && env/bin/python -m coverage report --sort cover
+endif
+	cd build/coverage && export PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	seq 0 $$(($(JOBS) - 1)) | xargs -P $(JOBS) -I {} \
+	    env CYCNN_SHARE={}/$(JOBS) sh -c '$(SHARE)' {} \
+	    $(COVERAGE_PYTHON) -m coverage run -m pytest -p no:cacheprovider \
+	    $(foreach name,packaging kill bench,--ignore tests/test_$(name).py) \
+	    $(PYTEST_ARGS); \
+	status=$$?; $(COVERAGE_PYTHON) -m coverage combine -q && \
+	$(COVERAGE_PYTHON) -m coverage report --sort cover && exit $$status
 
 clean:
 	rm -rf build dist cycnn.egg-info cuda/cubin $(DEMO_ENV) $(TEST_ENV) .pytest_cache
