@@ -31,7 +31,13 @@ class _Pool2d(Layer):
 
 def _padding(value, layer, kernel_size) -> tuple:
     """(height, width), or (top, left, bottom, right) where that says more."""
-    if hasattr(value, "__len__") and len(value) == 4:
+    numbers = len(value) if hasattr(value, "__len__") else 1
+    if numbers not in (1, 2, 4):
+        raise ShapeError(
+            f"{layer}: padding is {value!r}: expected an integer, two of them (height, "
+            f"width) or four (top, left, bottom, right)"
+        )
+    if numbers == 4:
         ends = value[:2], value[2:]
         before, after = (pair_from(0, end, layer, "padding") for end in ends)
         halves = all(2 * pad <= k for pad, k in zip(before, kernel_size))
