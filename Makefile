@@ -106,7 +106,8 @@ $(TEST_ENV)/installed: build/wheel
 
 # A copy is built, since modules that report their lines are slow and not for use. Left
 # out: tests of packaging, which need a checkout, of kills, which trace lines as well, and
-# of benchmarks, which take minutes so. When tests fail there is a report too, of what ran.
+# of benchmarks, demos and numbers of threads, whose trainings then take too long. When
+# tests fail there is a report too, of what ran.
 COVERAGE_PYTHON := $(or $(GPU_PYTHON),env/bin/python)
 ifneq ($(findstring /,$(GPU_PYTHON)),)
 COVERAGE_PYTHON := $(abspath $(GPU_PYTHON))
@@ -132,7 +133,7 @@ endif
 	seq 0 $$(($(JOBS) - 1)) | xargs -P $(JOBS) -I {} \
 	    env CYCNN_SHARE={}/$(JOBS) sh -c '$(SHARE)' {} \
 	    $(COVERAGE_PYTHON) -m coverage run -m pytest -p no:cacheprovider \
-	    $(foreach name,packaging kill bench,--ignore tests/test_$(name).py) \
+	    $(foreach name,packaging kill bench demos thread_counts,--ignore tests/test_$(name).py) \
 	    $(PYTEST_ARGS); \
 	status=$$?; $(COVERAGE_PYTHON) -m coverage combine -q && \
 	$(COVERAGE_PYTHON) -m coverage report --sort cover && exit $$status

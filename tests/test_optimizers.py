@@ -246,7 +246,8 @@ def test_counted_steps_follow_their_specification(name, advance, n):
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_centered_rmsprop_follows_its_specification(n, momentum):
     param, grad, square, mean, buffer = slabs(n, 5)
-    square = square + mean * mean
+    # of a variance near 0 few digits are left: test_any_shape.py has bounds for those
+    square = square + mean * mean + np.float32(0.01)
     given = [param, grad, square, mean, buffer if momentum else None]
     tensors = [None if a is None else Tensor(a, "cpu") for a in given]
     wanted = [None if a is None else a.astype(np.float64) for a in given]
