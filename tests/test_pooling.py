@@ -196,9 +196,11 @@ def test_arguments_and_names():
         nn.AdaptiveAvgPool2d((2, 1))
     with pytest.raises(ShapeError, match="AvgPool2d: padding=.* more than half"):
         nn.AvgPool2d(2, padding=2)
-    for wrong in (1, 1, 1), ():
+    for wrong in (1, 1, 1), (1,), ():
         with pytest.raises(ShapeError, match="padding is .* or four"):
             nn.AvgPool2d(3, padding=wrong)
+    with pytest.raises(ShapeError, match="padding is array.*expected an integer"):
+        nn.AvgPool2d(3, padding=np.array(1))
     with pytest.raises(TypeError, match="count_include_pad must be True or False"):
         nn.AvgPool2d(2, count_include_pad=1)
     with pytest.raises(ShapeError, match=r"AvgPool2d\(.*does not fit into an image"):

@@ -31,8 +31,11 @@ class _Pool2d(Layer):
 
 def _padding(value, layer, kernel_size) -> tuple:
     """(height, width), or (top, left, bottom, right) where that says more."""
-    numbers = len(value) if hasattr(value, "__len__") else 1
-    if numbers not in (1, 2, 4):
+    try:
+        numbers = len(value)
+    except TypeError:  # one for all sides, or nothing of use
+        numbers = None
+    if numbers not in (None, 2, 4):
         raise ShapeError(
             f"{layer}: padding is {value!r}: expected an integer, two of them (height, "
             f"width) or four (top, left, bottom, right)"

@@ -802,16 +802,23 @@ class _Reader:
 
         The two are equal where that gives the same output.
         """
-        stride, dilation, found = self._padding(node, kernel)
-        sizes = zip(self._image(), kernel, stride, dilation)
-        for axis, (size, filter_, step, spread) in enumerate(sizes):
-            if size is None:
-                continue
-            before, after = found[axis]
-            room = size + before - spread * (filter_ - 1) - 1
-            if (room + before) // step == (room + after) // step:
-                found[axis] = before, before
-        return stride, dilation, found
+        stride, dilation, pads = self._padding(node, kernel)
+        return stride, dilation, self._evened(pads, kernel, stride, dilation)
+
+    def _evened(self, pads, kernel, stride, dilation) -> list:
+        """Padding (before, after), the same where that gives as many windows."""
+        axes = zip(self._image(), pads, kernel, stride, dilation)
+        found = []
+        for size, (before, after), window, step, spread in axes:
+            reach = spread * (window - 1) + 1
+
+            def windows(after):
+                return shapes.pooled_size(size, reach, step, before, after, False)
+
+            if size is not None and windows(before) == windows(after):
+                after = before
+            found.append((before, after))
+        return found
 
     def _padding(self, node, kernel) -> tuple:
         """The same, as the node has it."""
@@ -867,24 +874,22 @@ class _Reader:
         stride, dilation, pads = self._padding(node, kernel)
         if set(dilation) != {1}:
             raise node.refused("only dilations of 1 are supported")
-        sizes, auto = list(zip(self._image(), kernel, stride)), node("auto_pad", b"")
-        known = sizes[0][0] is not None
+        image = self._image()
 
-        def number(pads, ceil_mode):
-            return [shapes.pooled_size(*s, *p, ceil_mode) for s, p in zip(sizes, pads)]
+        def number(ceil_mode):
+            axes = zip(image, kernel, stride, pads)
+            return [shapes.pooled_size(*axis, *p, ceil_mode) for *axis, p in axes]
 
-        if max(stride) == 1 or known and number(pads, True) == number(pads, False):
+        known = image[0] is not None
+        if max(stride) == 1 or known and number(True) == number(False):
             ceil_mode = False
-        if ceil_mode and auto == b"VALID":
+        if ceil_mode and node("auto_pad", b"") == b"VALID":
             raise node.refused(
                 "auto_pad=VALID with ceil_mode is not supported: programs differ in "
                 "whether a last window reaches over the edge"
             )
-        if known and not ceil_mode:
-            for axis, (before, _) in enumerate(pads):
-                even = [*pads[:axis], (before, before), *pads[axis + 1 :]]
-                if number(even, False) == number(pads, False):
-                    pads = even
+        if not ceil_mode:
+            pads = self._evened(pads, kernel, stride, dilation)
         (top, bottom), (left, right) = pads
         return kernel, (stride, (top, left, bottom, right)), ceil_mode
 
